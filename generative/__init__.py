@@ -1,0 +1,1 @@
+"""Models that dream: one family, one file."""

@@ -1,0 +1,234 @@
+"""What all families share: the interface of a generator, training on a set of images, and loading a run.
+
+Every family is one file with an `EXPERIMENT` (its default settings), whose `network` builds a `Generator`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from generative.networks import Shape
+from lab import checkpoint, data, media, runs, seeding
+from lab.checkpoint import Checkpoint, DamagedCheckpoint, Stateful
+from lab.config import Count, Natural, Settings, UserError, read_yaml, resolve
+from lab.data import AugmentConfig, DataConfig, ImageSet, Split, as_float
+from lab.data.augment import augment
+from lab.optimizer import OptimizerConfig
+from lab.trainer import Every, Experiment, Metrics, Shard, Trainer
+
+FAMILIES = {"autoencoder": "generative.autoencoder", "vae": "generative.vae"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Settings):
+    """How a generator is judged."""
+
+    images: Count = 10_000
+    """Images of the test set, from its start."""
+    importance_samples: Count = 1000
+    """K of the importance-sampled log-likelihood: time grows with it, the gap to the true value shrinks."""
+    seed: Natural = 0
+    """Seed of all that is drawn while judging."""
+
+
+class Generator(ABC):
+    """A model that makes images: what `sample.py`, `evaluate.py` and the studio take."""
+
+    shape: Shape
+    classes: tuple[str, ...]
+    latent: int
+
+    @property
+    @abstractmethod
+    def conditional(self) -> bool:
+        """Whether sampling needs labels."""
+
+    @abstractmethod
+    def encode(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Codes (N, latent) of images (N, C, H, W) in [0, 1]."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] of codes (N, latent)."""
+
+    def codes(self, noise: Tensor) -> Tensor:
+        """Codes (N, latent) of the model's prior, from standard normal noise (N, latent)."""
+        return noise
+
+    @abstractmethod
+    def evaluate(self, data: ImageSet, config: EvaluationConfig) -> dict[str, float | str]:
+        """Scores on the test set, `protocol` saying how they were taken."""
+
+    def sample(self, count: int, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw images (count, C, H, W) in [0, 1]; labels (count,) matter to conditional models only."""
+        noise = torch.randn(count, self.latent, generator=generator, device=generator.device)
+        return self.decode(self.codes(noise.to(labels.device)), labels)
+
+    def reconstruct(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Images after the way through the code and back."""
+        return self.decode(self.encode(images, labels), labels)
+
+
+class GeneratorModule(nn.Module, Generator):
+    """A generator that is a torch module, as all of ours are."""
+
+
+# Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageExperiment(Experiment):
+    """An experiment that trains a generator on a set of images."""
+
+    optimizer: OptimizerConfig
+    data: DataConfig = DataConfig()
+
+    def network(self, shape: Shape, classes: tuple[str, ...]) -> GeneratorModule:
+        """The untrained model."""
+        raise NotImplementedError
+
+    def dataset(self) -> ImageSet:
+        """The images to train and test on, on the CPU."""
+        return data.load(self.data)
+
+
+class ImageTask:
+    """Training of one module on a set of images; a family adds its loss and its test."""
+
+    axes: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, experiment: Any, trainer: Trainer) -> None:
+        self.experiment = experiment
+        self.data = experiment.dataset().to(trainer.world.device)
+        self.facts = {"shape": list(self.data.shape), "classes": list(self.data.classes)}
+        torch.manual_seed(seeding.derive(trainer.config.seed, "weights", 0))
+        self.model = experiment.network(self.data.shape, self.data.classes)
+        self.learner = trainer.learner(self.model, experiment.optimizer)
+
+    def loss(self, shard: Shard) -> tuple[Tensor, Metrics]:
+        """The mean loss over a shard, and metrics."""
+        raise NotImplementedError
+
+    def test(self, images: int) -> dict[str, float]:
+        """Scores on the first images of the test set."""
+        raise NotImplementedError
+
+    def parts(self) -> Mapping[str, Stateful]:
+        """The module, its optimiser and its average."""
+        return self.learner.parts()
+
+    def step(self, trainer: Trainer) -> Metrics:
+        """One update."""
+        return trainer.minimise(self.learner, self.loss, self.experiment.data.batch_size)
+
+    def hooks(self, trainer: Trainer) -> Sequence[Every]:
+        """Test scores and pictures, now and then."""
+        return [Every(trainer.config.preview_every, lambda: self.preview(trainer))]
+
+    def batch(self, shard: Shard) -> tuple[Tensor, Tensor]:
+        """A shard's images in [0, 1], (N, C, H, W), augmented if the settings say so, and labels, (N,)."""
+        index = shard.indices(len(self.data.train))
+        images, labels = as_float(self.data.train.images[index]), self.data.train.labels[index]
+        config: AugmentConfig = self.experiment.data.augment
+        return augment(images, config, shard.uniform("augment", 5)) if config.active else images, labels
+
+    @torch.no_grad()
+    def preview(self, trainer: Trainer) -> dict[str, float | int | str]:
+        """Test scores, a grid of samples from always the same noise, and a grid of test images above their reconstructions."""
+        judged = cast(GeneratorModule, self.learner.judged)
+        labels = spread_labels(64, judged.classes).to(trainer.world.device)
+        samples = judged.sample(64, labels, torch.Generator().manual_seed(0))
+        scores = {f"eval/{name}": value for name, value in self.test(2000).items()}
+        return (
+            scores
+            | trainer.picture("samples", media.grid(samples))
+            | trainer.picture("reconstructions", reconstructions(judged, self.data))
+        )
+
+
+def spread_labels(count: int, classes: Sequence[str]) -> Tensor:
+    """Labels (count,) that go through all classes in turn."""
+    return torch.arange(count) % max(1, len(classes))
+
+
+def reconstructions(model: Generator, images: ImageSet, count: int = 32) -> Tensor:
+    """One picture of test images, each above what the model makes of it."""
+    part = as_float(images.test.images[:count])
+    rebuilt = model.reconstruct(part, images.test.labels[:count])
+    rows = zip(part.split(8), rebuilt.split(8))
+    return media.grid(torch.cat([row for pair in rows for row in pair]), columns=8)
+
+
+# Judging
+
+
+@torch.no_grad()
+def neighbour_accuracy(model: Generator, images: ImageSet, neighbours: int = 5, limit: int = 10_000) -> dict[str, float]:
+    """How well the code tells classes apart: accuracy of a k-nearest-neighbour vote among training codes, without training."""
+    train = Split(images.train.images[:limit], images.train.labels[:limit])
+    test = Split(images.test.images[:limit], images.test.labels[:limit])
+    codes, queries = encode_all(model, train), encode_all(model, test)
+    nearest = torch.cat([torch.cdist(part, codes).topk(min(neighbours, len(codes)), largest=False).indices for part in queries.split(1000)])
+    votes = train.labels[nearest].mode(1).values
+    return {"neighbour_accuracy": float((votes == test.labels).double().mean())}
+
+
+def encode_all(model: Generator, split: Split, rows: int = 500) -> Tensor:
+    """The codes of a whole split, (N, latent)."""
+    pairs = zip(split.images.split(rows), split.labels.split(rows))
+    return torch.cat([model.encode(as_float(images), labels) for images, labels in pairs])
+
+
+# Loading
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained generator and where it comes from."""
+
+    model: GeneratorModule
+    experiment: ImageExperiment
+    run: runs.Run
+    step: int
+
+
+def load(name: str, device: str | torch.device = "cpu") -> Loaded:
+    """The generator of a run, with averaged weights where it has them.
+
+    Args:
+        name: a run folder, a checkpoint folder, or `latest`.
+
+    Raises:
+        UserError: no such run, or none of its checkpoints is whole.
+    """
+    found = runs.find(name, FAMILIES)
+    default: ImageExperiment = importlib.import_module(FAMILIES[found.run.experiment]).EXPERIMENT
+    experiment = resolve(default, read_yaml(found.run.config)[0]).settings
+    saved = _read(found.run, found.checkpoint)
+    facts = saved.notes["facts"]
+    model = experiment.network(tuple(facts["shape"]), tuple(facts["classes"]))
+    model.load_state_dict(saved.parts["ema"]["module"] if "ema" in saved.parts else saved.parts["model"])
+    return Loaded(model.to(device).eval().requires_grad_(False), experiment, found.run, saved.step)
+
+
+def _read(run: runs.Run, folder: Path | None) -> Checkpoint:
+    try:
+        saved = checkpoint.load(folder) if folder else checkpoint.load_newest(run.checkpoints)
+    except DamagedCheckpoint as damage:
+        raise UserError(f"{damage}; name the run's folder to take its newest whole checkpoint") from None
+    if saved is None:
+        raise UserError(f"{run.folder} has no whole checkpoint yet; train it with --resume {run.folder}")
+    return saved
+
+
+def with_data(experiment: ImageExperiment, **changes: Any) -> ImageExperiment:
+    """The same experiment on other data settings."""
+    return replace(experiment, data=replace(experiment.data, **changes))

@@ -1,0 +1,1 @@
+"""What both tracks share: settings, runs, the trainer, checkpoints, recording and data. Knows nothing of agents or images' meaning."""

@@ -1,0 +1,108 @@
+"""Where a process runs: its device, its rank among the processes that torchrun started, and what they agree on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lab.config import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of one run, seen from one of them; `World()` is a single process on the CPU."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one process that writes files and talks to the user."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes of a tensor, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def share(self, value: T) -> T:
+        """The main process's value, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def leave(self) -> None:
+        """Wait for the others, then end the communication."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def join(device: str, threads: int, deterministic: bool) -> World:
+    """Join the processes that torchrun started (or be the only one) and set this process's device and threads.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        threads: CPU threads of this process; 0 shares the machine's cores among its processes.
+        deterministic: ask CUDA for repeatable kernels; CPU kernels are repeatable for a given number of threads.
+
+    Raises:
+        UserError: `cuda` was asked for and there is none, or fewer GPUs than processes.
+    """
+    size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    where = _device(device, int(os.environ.get("LOCAL_RANK", 0)), local_size)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // local_size))
+    # Numbers below 1e-38 take a slow path in the CPU and mean nothing to us.
+    torch.set_flush_denormal(True)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if size == 1:
+        return World(device=where)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    return World(dist.get_rank(), size, where)
+
+
+def _device(name: str, local_rank: int, local_size: int) -> torch.device:
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and found == 0):
+        return torch.device("cpu")
+    if found == 0:
+        raise UserError("trainer.device: 'cuda' was asked for and torch finds no GPU; use 'cpu' or 'auto'")
+    if local_size > found:
+        raise UserError(f"torchrun started {local_size} processes on a machine with {found} GPU(s); start at most {found}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers of a run may depend on: versions, device, threads, processes."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "torch": cast(str, torch.__version__),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }

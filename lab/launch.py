@@ -1,0 +1,194 @@
+"""What every training script does: read the settings, make or reopen the run, train, say where it is.
+
+python scripts/train_X.py [CONFIG.yaml] [--dotted.key VALUE ...] [--run-dir DIR | --resume RUN] [--print-config]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import torch
+import tyro
+
+from lab import distributed, media, runs
+from lab.config import ConfigError, Given, Resolved, UserError, dump, leaves, read_arguments, read_yaml, resolve
+from lab.distributed import World
+from lab.recorder import Recorder, console, cut, display, log, speak
+from lab.runs import Run
+from lab.tracking import Tracker
+from lab.trainer import DONE, STOPPED, Experiment, Trainer, TrainingStopped
+
+E = TypeVar("E", bound=Experiment)
+
+FAILED, MISTAKE = 1, 2
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """Run a script's main function; a user's mistake ends in one sentence and exit code 2, not in a traceback."""
+    try:
+        return main()
+    except UserError as error:
+        return _end(str(error), MISTAKE)
+    except TrainingStopped as error:
+        return _end(str(error), FAILED)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        return _end(f"out of GPU memory ({reason}); try --trainer.accumulate 2: same batch, same result, less memory", FAILED)
+
+
+def _end(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def launch(default: Experiment, about: str, argv: Sequence[str] | None = None) -> int:
+    """The main function of a training script; returns the exit code."""
+    return guarded(lambda: _launch(default, about, sys.argv[1:] if argv is None else argv))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a command line asks for."""
+
+    resolved: Resolved[Experiment]
+    resume: Run | None
+    folder: Path | None
+
+
+def _launch(default: Experiment, about: str, argv: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        show_help(default, about)
+        return DONE
+    words = [word for word in argv if word != "--print-config"]
+    order = read_order(default, words)
+    if len(words) < len(argv):
+        print(dump(order.resolved.settings, default.experiment, order.resolved.origins), end="")
+        return DONE
+    return _train(order)
+
+
+# Reading the command line
+
+
+def read_order(default: Experiment, argv: Sequence[str]) -> Order:
+    """Settings, and the run to resume or to make.
+
+    Raises:
+        ConfigError, UserError: all that is wrong with the settings, or the run that is not there.
+    """
+    arguments = read_arguments(argv)
+    options = dict(arguments.options)
+    resume, folder = (_path(options.pop(name, None), name) for name in ("resume", "run_dir"))
+    run = runs.find(resume, [default.experiment]).run if resume else None
+    configs = [*map(Path, arguments.positional), *([run.config] if run else [])]
+    if len(configs) > 1 or (run and folder):
+        raise UserError(f"give one config, or --resume RUN, or --run-dir DIR for a new run, not several: {', '.join(argv)}")
+    given: dict[str, Given] = {}
+    problems: list[str] = []
+    for path in configs:
+        given, problems = _read_config(path, default.experiment)
+    return Order(resolve(default, given | options, problems), run, Path(folder) if folder else None)
+
+
+def _path(given: Given | None, name: str) -> str | None:
+    if given is None:
+        return None
+    if not isinstance(given.text, str) or not given.text:
+        raise UserError(f"--{name.replace('_', '-')} takes one path")
+    return given.text
+
+
+def _read_config(path: Path, experiment: str) -> tuple[dict[str, Given], list[str]]:
+    try:
+        given, named = read_yaml(path)
+    except ConfigError as error:
+        return {}, error.problems
+    if named not in (None, experiment):
+        raise UserError(f"{path}: settings for '{named}'; this script trains '{experiment}', use scripts/train_{named}.py")
+    return given, []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Where the settings come from and where the run goes."""
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[CONFIG.yaml]")] = ""
+    """Settings that differ from the defaults; presets stand in configs/."""
+    run_dir: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """Folder of this run; otherwise a new one runs/<name>/<UTC time>-<6 chars>/."""
+    resume: Annotated[str, tyro.conf.arg(metavar="RUN")] = ""
+    """Go on with a run: its folder, or `latest`. Other options change its settings, e.g. more --trainer.steps."""
+    print_config: Annotated[str, tyro.conf.arg(metavar="")] = ""
+    """Show every setting and where its value came from, then stop."""
+
+
+def show_help(default: Experiment, about: str) -> None:
+    """Print every option with its meaning, unit, range and default."""
+    both = dataclasses.make_dataclass("CommandLine", [], bases=(Launch, type(default)), frozen=True, kw_only=True)
+    both.__doc__ = ""
+    values = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
+    tyro.cli(both, default=both(**values), args=["--help"], description=about.strip(), config=(tyro.conf.FlagConversionOff,))
+
+
+# Training
+
+
+def _train(order: Order) -> int:
+    experiment = order.resolved.settings
+    trainer_config = experiment.trainer
+    world = distributed.join(trainer_config.device, trainer_config.threads, trainer_config.deterministic)
+    if not world.main:
+        trainer = Trainer(experiment, world)
+        trainer.resume(None)
+        status = trainer.fit()
+        world.leave()
+        return status
+    speak()
+    return _train_main(order, experiment, world)
+
+
+def _train_main(order: Order, experiment: Experiment, world: World) -> int:
+    config = dump(experiment, experiment.experiment)
+    trainer = Trainer(experiment, world)  # first, so that a mistake in the data leaves no empty run behind
+    run = order.resume or runs.create(experiment.name, order.folder, config)
+    with ExitStack() as stack:
+        stack.enter_context(runs.owned(run))
+        cut(run, trainer.resume(run))
+        if order.resume:
+            runs.write_config(run, config)
+            log.info("resuming %s at step %d of %d", run.folder, trainer.step, experiment.trainer.steps)
+        identity = runs.note_start(run, distributed.environment())
+        tracker = Tracker.start(
+            experiment.tracking, run.folder, identity=identity, name=run.folder.name, group=experiment.name,
+            settings=leaves(experiment) | {"experiment": experiment.experiment}, axes=trainer.task.axes,
+        )  # fmt: skip
+        recorder = Recorder(run, tracker, display(experiment.name, experiment.trainer.steps))
+        stack.callback(recorder.close)
+        recorder.start(trainer.step)
+        status = trainer.fit(run, recorder)
+        tracker.summarise(_last_values(run))
+    _draw(run, experiment.name)
+    world.leave()
+    if status == STOPPED:
+        console.print(f"stopped at step {trainer.step}; go on with --resume {run.folder}", highlight=False, soft_wrap=True)
+    print(f"run: {run.folder}")
+    return status
+
+
+def _last_values(run: Run) -> Mapping[str, float | int | str]:
+    """The newest value of every metric."""
+    return {key: value for row in run.rows() for key, value in row.items()}
+
+
+def _draw(run: Run, title: str) -> None:
+    """Plot what was recorded as media/curves.png."""
+    rows = run.rows()
+    keys = sorted({key for row in rows for key in row if key.startswith(("train/", "eval/"))} - {"train/lr", "train/skipped"})
+    if keys:
+        media.plot_rows(run.media / "curves.png", rows, keys, title)

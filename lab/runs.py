@@ -1,0 +1,215 @@
+"""Run folders: one per experiment, with all that it read, wrote and measured.
+
+runs/<name>/<UTC time>-<6 chars>/
+    config.yaml        every setting, resolved; itself a valid config
+    command.txt        the commands that started and resumed the run
+    environment.json   the run's id; for every start: code version, libraries, device
+    metrics.jsonl      the truth about the run, a row a line; timing.jsonl: its wall-clock side
+    checkpoints/  media/  export/  wandb/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lab.config import UserError
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """Every setting of the run, as YAML."""
+        return self.folder / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """The rows that the run recorded."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def timing(self) -> Path:
+        """What depends on the clock, kept out of the metrics so that those are repeatable."""
+        return self.folder / "timing.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The checkpoints, a folder each."""
+        return self.folder / "checkpoints"
+
+    @property
+    def media(self) -> Path:
+        """Pictures, plots and videos."""
+        return self.folder / "media"
+
+    @property
+    def environment(self) -> Path:
+        """The run's id, and where each of its starts took place."""
+        return self.folder / "environment.json"
+
+    @property
+    def experiment(self) -> str:
+        """The kind of experiment, from the first line of the config; empty where there is none."""
+        with contextlib.suppress(OSError), self.config.open(encoding="utf-8") as file:
+            return file.readline().removeprefix("experiment:").strip()
+        return ""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The recorded rows; a last line that a kill cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+# Making
+
+
+def create(name: str, folder: Path | None, config: str) -> Run:
+    """A new run folder (below `runs/`, unless one is given) holding its config.
+
+    Raises:
+        UserError: the given folder already holds a run.
+    """
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    run = Run(folder or RUNS / name / f"{stamp}-{secrets.token_hex(3)}")
+    if run.config.exists():
+        raise UserError(f"{run.folder} already holds a run; go on with it by --resume {run.folder}, or give another --run-dir")
+    try:
+        run.media.mkdir(parents=True, exist_ok=True)
+        write_config(run, config)
+    except OSError as error:
+        raise UserError(f"{run.folder}: cannot make a run folder here ({error.strerror}); give another place by --run-dir") from None
+    return run
+
+
+def write_config(run: Run, config: str) -> None:
+    """Replace the run's config in one step, so that a kill leaves the old or the new one."""
+    temporary = run.folder / ".config.yaml"
+    temporary.write_text(config, encoding="utf-8")
+    os.replace(temporary, run.config)
+
+
+def note_start(run: Run, facts: dict[str, Any]) -> str:
+    """Add this start of the run to `command.txt` and `environment.json`; returns the run's id."""
+    with (run.folder / "command.txt").open("a", encoding="utf-8") as file:
+        file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
+    known = json.loads(run.environment.read_text()) if run.environment.exists() else {}
+    identity = str(known.get("id") or secrets.token_hex(8))
+    starts = [*known.get("starts", []), {"time": datetime.now(UTC).isoformat(timespec="seconds"), **_versions(), **facts}]
+    temporary = run.folder / ".environment.json"
+    temporary.write_text(json.dumps({"id": identity, "starts": starts}, indent=1) + "\n")
+    os.replace(temporary, run.environment)
+    return identity
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "dreamplay": version("dreamplay"),
+        "git": _git("rev-parse", "HEAD"),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _git(*words: str) -> str | None:
+    """What git says of the checkout that this code runs from, or None where it is none."""
+    try:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+# Owning
+
+
+@contextlib.contextmanager
+def owned(run: Run) -> Iterator[None]:
+    """Hold the run for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it; says which.
+    """
+    lock, owner = FileLock(run.folder / "run.lock", timeout=0), run.folder / "owner.json"
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{run.folder} is owned by {_owner(owner)}; wait for it to end, or stop it") from None
+    try:
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text())
+        return f"pid {owner['pid']} on host {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+# Finding
+
+
+def listing(root: Path = RUNS, experiments: Collection[str] | None = None) -> list[Run]:
+    """All runs below a folder, newest first; `experiments` keeps only those kinds."""
+    runs = [Run(path.parent) for path in root.glob("*/*/config.yaml")]
+    kept = [run for run in runs if experiments is None or run.experiment in experiments]
+    return sorted(kept, key=lambda run: (run.folder.name, str(run.folder)), reverse=True)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run that a user named, and the one checkpoint of it, where a checkpoint folder was named."""
+
+    run: Run
+    checkpoint: Path | None = None
+
+
+def find(text: str, experiments: Collection[str] | None = None) -> Found:
+    """The run that `RUN` on a command line means: a run folder, a checkpoint folder, or `latest`.
+
+    Raises:
+        UserError: there is none; lists the newest that there are.
+    """
+    runs = listing(experiments=experiments)
+    if text == "latest" and runs:
+        return Found(runs[0])
+    path = Path(text)
+    if path.name.startswith("step_") and Run(path.parent.parent).config.exists():
+        return Found(Run(path.parent.parent), path)
+    if not Run(path).config.exists():
+        known = "; the newest runs are " + ", ".join(str(run.folder) for run in runs[:3]) if runs else f"; there is none below {RUNS}/ yet"
+        raise UserError(f"{text}: no {' or '.join(sorted(experiments or []))} run here".replace("  ", " ") + known)
+    run = Run(path)
+    if experiments is not None and run.experiment not in experiments:
+        raise UserError(f"{text}: a run of '{run.experiment}'; expected {' or '.join(sorted(experiments))}")
+    return Found(run)

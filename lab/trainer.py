@@ -1,0 +1,441 @@
+"""The loop. It owns time, persistence, signals, precision and processes; a task owns the mathematics.
+
+A task says what a checkpoint must hold (`parts`) and does one update (`step`). Inside a step it may call `minimise` for
+as many modules as it trains, or step an environment, or both: an autoencoder, a GAN and a DQN all run in this one loop.
+Everything random is drawn from (seed, stream, step), for the whole batch at once, and every process takes its rows; so a
+run that was killed goes on exactly, and one process or four see the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lab import checkpoint, media, optimizer, seeding
+from lab.checkpoint import Stateful
+from lab.config import Count, Natural, Settings, UserError
+from lab.distributed import World
+from lab.ema import EMA
+from lab.optimizer import OptimizerConfig
+from lab.recorder import Recorder
+from lab.runs import Run
+from lab.tracking import TrackingConfig
+
+log = logging.getLogger("dreamplay")
+
+DONE, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: start again with --resume
+
+Metrics = Mapping[str, Tensor | float]
+Loss = Callable[["Shard"], tuple[Tensor, Metrics]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig(Settings):
+    """Time, place and persistence of a run."""
+
+    steps: Count = 10_000
+    """Steps of the whole run."""
+    seed: Natural = 0
+    """Everything random follows from it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of matrix products and convolutions; losses, weights and averages are always fp32."""
+    accumulate: Count = 1
+    """Parts into which a batch is cut to save memory; the result is the same."""
+    compile: bool = False
+    """Compile models with torch.compile: a minute slower to start, then faster; needs a C++ compiler on a CPU."""
+    threads: Natural = 0
+    """CPU threads of each process; 0 shares all cores. Bit-exact repetition needs the same number."""
+    deterministic: bool = False
+    """Ask CUDA for repeatable kernels, at some speed; on a CPU runs are repeatable anyway."""
+    log_every: Count = 50
+    """Steps between rows of metrics; a row holds the mean over those steps."""
+    preview_every: Count = 1000
+    """Steps between previews: test metrics, and pictures in media/."""
+    save_every: Count = 1000
+    """Steps between checkpoints."""
+    keep: Count = 2
+    """Checkpoints that are kept; at least 2, since the newest one could be damaged."""
+    max_skipped: Count = 10
+    """Updates in a row that may be skipped for non-finite gradients before the run stops."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep < 2:
+            raise ValueError("keep: at least 2 checkpoints must be kept, since the newest one could be damaged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Settings):
+    """Settings of one kind of experiment, and the task they describe."""
+
+    experiment: ClassVar[str]
+    """The kind, as the first line of a config names it."""
+
+    name: str
+    """What to call it: the folder below runs/, and the group on W&B."""
+    trainer: TrainerConfig
+    tracking: TrackingConfig = TrackingConfig()
+
+    def task(self, trainer: Trainer) -> Task:
+        """The task that these settings describe."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Every:
+    """Something to do after every so many steps, and after the last one; it returns metrics for that step's row."""
+
+    steps: int
+    do: Callable[[], Mapping[str, float | int | str]]
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it is time, `step` steps being done."""
+        return step % self.steps == 0 or step == last
+
+
+class Task(Protocol):
+    """The mathematics of an experiment."""
+
+    facts: Mapping[str, Any]
+    """What a saved model needs besides its settings to be built again (shapes, class names), as JSON."""
+    axes: Mapping[str, str]
+    """Which metric is drawn over which other one, by pattern; everything else over the step."""
+
+    def parts(self) -> Mapping[str, Stateful]:
+        """Everything a checkpoint must hold."""
+
+    def step(self, trainer: Trainer) -> Metrics:
+        """One update; returns metrics, which are averaged until the next row."""
+
+    def hooks(self, trainer: Trainer) -> Sequence[Every]:
+        """What to do now and then; only the main process does it."""
+
+
+# Modules that learn
+
+
+class Learner(nn.Module):
+    """A module, the optimiser that trains it, and the average of its weights."""
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
+        super().__init__()
+        self.module, self.config = module, config
+        self.weights = [weight for weight in module.parameters() if weight.requires_grad]
+        self.optimizer = optimizer.create(config, self.weights)
+        self.ema = EMA(module, config.ema) if config.ema else None
+
+    @property
+    def judged(self) -> nn.Module:
+        """The module to sample from and to test: the averaged one where there is one."""
+        return self.ema.module if self.ema else self.module
+
+    def parts(self, prefix: str = "") -> dict[str, Stateful]:
+        """What a checkpoint must hold of it."""
+        parts: dict[str, Stateful] = {f"{prefix}model": self.module, f"{prefix}optimizer": self.optimizer}
+        return parts | ({f"{prefix}ema": self.ema} if self.ema else {})
+
+    def forward(self, loss: Loss, shard: Shard) -> tuple[Tensor, Metrics]:
+        """A loss as the forward pass of the module it trains, which is what DistributedDataParallel watches."""
+        return loss(shard)
+
+    def gradient_norm(self) -> float:
+        """The norm of the whole gradient; not finite if any part of it is not."""
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        return float(nn.utils.get_total_norm(gradients, foreach=True))
+
+    def update(self, rate: float, norm: float) -> None:
+        """Clip, follow the gradient, move the average."""
+        if self.config.clip_norm and norm > self.config.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.weights, self.config.clip_norm, torch.tensor(norm), foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update(self.module)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process's part of one micro-batch: rows `first .. first + count` of the step's batch of `batch`."""
+
+    first: int
+    count: int
+    batch: int
+    seed: int
+    step: int
+    device: torch.device
+
+    def indices(self, size: int) -> Tensor:
+        """Which items of a shuffled set of `size` these rows are, int64 (count,), each epoch in an order of its own."""
+        return seeding.shuffled(self.seed, size, self.step * self.batch + self.first, self.count).to(self.device)
+
+    def uniform(self, stream: str, *shape: int) -> Tensor:
+        """Numbers uniform in [0, 1), (count, *shape): this shard's rows of the whole batch's draw."""
+        return torch.rand(self.batch, *shape, generator=self._generator(stream), device=self.device)[self._rows]
+
+    def normal(self, stream: str, *shape: int) -> Tensor:
+        """Standard normal numbers, (count, *shape): this shard's rows of the whole batch's draw."""
+        return torch.randn(self.batch, *shape, generator=self._generator(stream), device=self.device)[self._rows]
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+    def _generator(self, stream: str) -> torch.Generator:
+        return seeding.generator(self.seed, stream, self.step, self.device)
+
+
+class Window:
+    """The sums of metrics since the last row. Part of a checkpoint, or a resumed run's first row would differ."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        """Add one step's metrics, without waiting for the device."""
+        for name, value in metrics.items():
+            value = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self, world: World) -> dict[str, float]:
+        """The mean of each metric over steps and processes; empties the window."""
+        names = sorted(self.sums)
+        values = [self.sums[name].to(world.device) / self.counts[name] for name in names]
+        self.sums, self.counts = {}, {}
+        return dict(zip(names, world.mean(torch.stack(values)).tolist(), strict=True)) if names else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and counts."""
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+# The loop
+
+
+class TrainingStopped(Exception):
+    """Training cannot go on; says why, and what to change."""
+
+
+class Trainer:
+    """Runs a task from its last checkpoint to the last step."""
+
+    def __init__(self, experiment: Experiment, world: World) -> None:
+        self.experiment, self.config, self.world = experiment, experiment.trainer, world
+        self.step = self.skipped = self.skipped_in_a_row = self.failed_saves = 0
+        self.window = Window()
+        self.media: Path | None = None
+        self._parallel: dict[Learner, DistributedDataParallel] = {}
+        self.task = experiment.task(self)
+
+    def resume(self, run: Run | None) -> int:
+        """Go back to the newest whole checkpoint of a run, which the main process reads for all.
+
+        Returns:
+            The length that `metrics.jsonl` had then, in bytes: 0 where there is no checkpoint yet.
+
+        Raises:
+            UserError: the checkpoint does not fit the settings.
+        """
+        found = self.world.share(checkpoint.load_newest(run.checkpoints) if run else None)
+        if found is None:
+            return 0
+        try:
+            checkpoint.restore(self._parts(), found.parts)
+        except ValueError as error:
+            raise UserError(f"cannot resume: {error}") from None
+        return int(found.notes["metrics_bytes"])
+
+    def fit(self, run: Run | None = None, recorder: Recorder | None = None) -> int:
+        """Train to the last step, or until a signal asks to stop; returns the exit status of the process.
+
+        Args:
+            run, recorder: where to save and to record; only the main process has them (a benchmark may do without).
+
+        Raises:
+            TrainingStopped: too many updates in a row were not finite, or the last step could not be saved.
+        """
+        self.media = run.media if run else None
+        hooks = list(self.task.hooks(self)) if run else []
+        with stop_signals() as requested:
+            while self.step < self.config.steps:
+                self._one_step(hooks, recorder)
+                stopping = self.world.any(requested.is_set())
+                if run and recorder and (stopping or self._due(self.config.save_every)):
+                    self._save(run, recorder, needed=stopping or self.step == self.config.steps)
+                if stopping:
+                    return STOPPED
+        return DONE
+
+    def _one_step(self, hooks: Sequence[Every], recorder: Recorder | None) -> None:
+        seed = seeding.derive(self.config.seed, f"global/{self.world.rank}", self.step)
+        torch.default_generator.manual_seed(seed)  # dropout, and whatever else draws by itself
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        self.window.add(self.task.step(self))
+        self.step += 1
+        row: dict[str, float | int | str] = {}
+        if self._due(self.config.log_every):
+            row |= {f"train/{name}": value for name, value in self.window.means(self.world).items()}
+            row |= {"train/skipped": self.skipped} if self.skipped else {}
+        for hook in hooks:
+            if hook.due(self.step, self.config.steps):
+                row |= hook.do()
+        if recorder:
+            recorder.display.advance(self.step)
+            if row:
+                recorder.write(self.step, row)
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    # Saving
+
+    def _save(self, run: Run, recorder: Recorder, needed: bool) -> None:
+        """Save a checkpoint. A disk that is full for a while costs only the checkpoints of that while."""
+        try:
+            notes = {"metrics_bytes": recorder.sync(), "facts": dict(self.task.facts)}
+            checkpoint.save(run.checkpoints, self.step, self._parts(), notes, self.config.keep)
+            self.failed_saves = 0
+        except OSError as error:
+            self.failed_saves += 1
+            if needed:
+                raise TrainingStopped(f"step {self.step} could not be saved ({error}); the checkpoints before it are whole") from error
+            log.warning("step %d could not be saved (%s); training goes on, the checkpoints before it are whole", self.step, error)
+
+    def _parts(self) -> dict[str, Stateful]:
+        return {**self.task.parts(), "trainer": self}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trainer's own part of a checkpoint."""
+        return {"step": self.step, "skipped": self.skipped, "in_a_row": self.skipped_in_a_row, "window": self.window.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.step, self.skipped, self.skipped_in_a_row = state["step"], state["skipped"], state["in_a_row"]
+        self.window.load_state_dict(state["window"])
+
+    # What a task calls
+
+    def learner(self, module: nn.Module, config: OptimizerConfig) -> Learner:
+        """Put a module on the device, compile it if asked to, and give it an optimiser."""
+        module.to(self.world.device)
+        learner = Learner(module, config)
+        if self.config.compile:
+            _require_compiler(self.world.device)
+            module.compile()
+        if self.world.size > 1:
+            self._parallel[learner] = DistributedDataParallel(learner)
+        return learner
+
+    def picture(self, name: str, image: Tensor, scale: int = 2) -> dict[str, str]:
+        """Save a picture (C, H, W) of this step in media/; returns its entry for the step's row."""
+        if self.media is None:
+            return {}
+        path = self.media / f"{name}_{self.step:09d}.png"
+        media.save_png(path, image, scale)
+        return {f"media/{name}": f"{self.media.name}/{path.name}"}
+
+    def shards(self, batch: int) -> list[Shard]:
+        """This process's micro-batches of a step, out of a batch of `batch` over all processes.
+
+        Raises:
+            UserError: the batch cannot be cut into equal parts.
+        """
+        pieces = self.world.size * self.config.accumulate
+        if batch % pieces:
+            parts = f"{self.world.size} (processes) x {self.config.accumulate} (trainer.accumulate)"
+            raise UserError(f"a batch of {batch} cannot be cut into {parts} equal parts")
+        count, mine = batch // pieces, range(self.world.rank, pieces, self.world.size)
+        return [Shard(piece * count, count, batch, self.config.seed, self.step, self.world.device) for piece in mine]
+
+    def minimise(self, learner: Learner, loss: Loss, batch: int) -> Metrics:
+        """One update of a learner: every shard's loss and gradient, the mean over all, clipping, the optimiser.
+
+        Args:
+            loss: maps a shard to its mean loss over the shard's rows and to metrics, also means.
+            batch: rows of the whole batch, over all processes and micro-batches.
+
+        Returns:
+            The loss, its metrics, the gradient's norm and the learning rate; nothing if the update had to be skipped.
+        """
+        learner.optimizer.zero_grad()
+        shards, window = self.shards(batch), Window()
+        for index, shard in enumerate(shards):
+            with self._synchronising(learner, last=index == len(shards) - 1) as forward:
+                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    value, metrics = forward(loss, shard)
+                # A loss that is not finite makes every gradient so, on every process: they must agree to skip.
+                (value * ((1 + 0 * value.detach()) / len(shards))).backward()
+            window.add({"loss": value, **metrics})
+        rate, norm = optimizer.learning_rate(learner.config, self.step, self.config.steps), learner.gradient_norm()
+        if not self._finite(norm):
+            return {}
+        learner.update(rate, norm)
+        return {name: window.sums[name] / window.counts[name] for name in window.sums} | {"gradient_norm": norm, "lr": rate}
+
+    @contextlib.contextmanager
+    def _synchronising(self, learner: Learner, last: bool) -> Iterator[Callable[..., tuple[Tensor, Metrics]]]:
+        """The learner's forward pass; several processes average their gradients in the last micro-batch."""
+        parallel = self._parallel.get(learner)
+        with nullcontext() if last or not parallel else parallel.no_sync():
+            yield parallel or learner.forward
+
+    def _finite(self, norm: float) -> bool:
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.world.main:
+            log.warning("step %d: the gradient is not finite; this update is skipped", self.step)
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise TrainingStopped(
+                f"stopped at step {self.step}: {self.skipped_in_a_row} updates in a row had gradients that are not finite; try a smaller "
+                f"--optimizer.lr, --optimizer.clip-norm 1 or --trainer.precision fp32, and --resume from the last checkpoint"
+            )
+        return False
+
+
+def _require_compiler(device: torch.device) -> None:
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("trainer.compile needs a C++ compiler on a CPU and neither g++ nor clang++ is installed; leave it false")
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGINT (Ctrl-C) sets; a second one ends the process the ordinary, abrupt way."""
+    requested = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        requested.set()
+        signal.signal(number, before[number])
+        log.info("%s: finishing this step, then saving; once more to stop at once", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
