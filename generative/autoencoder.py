@@ -25,8 +25,9 @@ from generative.networks import Decoder, Encoder, NetworkConfig, Shape
 from lab import seeding
 from lab.config import Count, NonNegative, Settings
 from lab.data import ImageSet, Split, as_float
+from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
-from lab.trainer import Metrics, Shard, Trainer, TrainerConfig
+from lab.trainer import Trainer, TrainerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +107,8 @@ class Autoencoder(GeneratorModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Rebuilt images (N, C, H, W), in [0, 1]."""
-        rebuilt: Tensor = torch.sigmoid(self.decoder(self.encoder(images)).float())
-        return rebuilt
+        decoded: Tensor = self.decoder(self.encoder(images))
+        return torch.sigmoid(decoded.float())
 
     def encode(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Codes (N, latent)."""
@@ -116,7 +117,8 @@ class Autoencoder(GeneratorModule):
 
     def decode(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images (N, C, H, W) in [0, 1]."""
-        return torch.sigmoid(self.decoder(codes).float())
+        decoded: Tensor = self.decoder(codes)
+        return torch.sigmoid(decoded.float())
 
     def codes(self, noise: Tensor) -> Tensor:
         """Codes of the Gaussian laid over the training set's codes, from standard normal noise."""

@@ -21,8 +21,9 @@ from lab.checkpoint import Checkpoint, DamagedCheckpoint, Stateful
 from lab.config import Count, Natural, Settings, UserError, read_yaml, resolve
 from lab.data import AugmentConfig, DataConfig, ImageSet, Split, as_float
 from lab.data.augment import augment
+from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
-from lab.trainer import Every, Experiment, Metrics, Shard, Trainer
+from lab.trainer import Every, Experiment, Trainer
 
 FAMILIES = {"autoencoder": "generative.autoencoder", "vae": "generative.vae"}
 

@@ -96,6 +96,14 @@ def _device(name: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 numbers in hardware; emulated, they are slower than fp32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # no public name for it as of torch 2.13
+    return bool(known and known())
+
+
 def environment() -> dict[str, Any]:
     """What the numbers of a run may depend on: versions, device, threads, processes."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -104,5 +112,6 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "native_bf16": native_bf16(torch.device("cuda" if gpu else "cpu")),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }

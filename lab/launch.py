@@ -118,13 +118,13 @@ def _read_config(path: Path, experiment: str) -> tuple[dict[str, Given], list[st
 class Launch:
     """Where the settings come from and where the run goes."""
 
-    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[CONFIG.yaml]")] = ""
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[CONFIG.yaml]", help_behavior_hint="")] = ""
     """Settings that differ from the defaults; presets stand in configs/."""
-    run_dir: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    run_dir: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = ""
     """Folder of this run; otherwise a new one runs/<name>/<UTC time>-<6 chars>/."""
-    resume: Annotated[str, tyro.conf.arg(metavar="RUN")] = ""
+    resume: Annotated[str, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = ""
     """Go on with a run: its folder, or `latest`. Other options change its settings, e.g. more --trainer.steps."""
-    print_config: Annotated[str, tyro.conf.arg(metavar="")] = ""
+    print_config: Annotated[str, tyro.conf.arg(metavar="", help_behavior_hint="")] = ""
     """Show every setting and where its value came from, then stop."""
 
 

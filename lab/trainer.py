@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lab import checkpoint, media, optimizer, seeding
 from lab.checkpoint import Stateful
 from lab.config import Count, Natural, Settings, UserError
-from lab.distributed import World
-from lab.ema import EMA
+from lab.distributed import World, native_bf16
+from lab.learner import Learner, Loss, Metrics, Shard
 from lab.optimizer import OptimizerConfig
 from lab.recorder import Recorder
 from lab.runs import Run
@@ -38,9 +38,6 @@ from lab.tracking import TrackingConfig
 log = logging.getLogger("dreamplay")
 
 DONE, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: start again with --resume
-
-Metrics = Mapping[str, Tensor | float]
-Loss = Callable[["Shard"], tuple[Tensor, Metrics]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +50,8 @@ class TrainerConfig(Settings):
     """Everything random follows from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of matrix products and convolutions; losses, weights and averages are always fp32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Number format of matrix products and convolutions; weights, losses and averages are always fp32. auto: bf16 where it is native."""
     accumulate: Count = 1
     """Parts into which a batch is cut to save memory; the result is the same."""
     compile: bool = False
@@ -112,10 +109,13 @@ class Every:
 class Task(Protocol):
     """The mathematics of an experiment."""
 
-    facts: Mapping[str, Any]
-    """What a saved model needs besides its settings to be built again (shapes, class names), as JSON."""
-    axes: Mapping[str, str]
-    """Which metric is drawn over which other one, by pattern; everything else over the step."""
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What a saved model needs besides its settings to be built again (shapes, class names), as JSON."""
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """Which metrics are drawn over which other one, by pattern; all others over the step."""
 
     def parts(self) -> Mapping[str, Stateful]:
         """Everything a checkpoint must hold."""
@@ -125,80 +125,6 @@ class Task(Protocol):
 
     def hooks(self, trainer: Trainer) -> Sequence[Every]:
         """What to do now and then; only the main process does it."""
-
-
-# Modules that learn
-
-
-class Learner(nn.Module):
-    """A module, the optimiser that trains it, and the average of its weights."""
-
-    def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
-        super().__init__()
-        self.module, self.config = module, config
-        self.weights = [weight for weight in module.parameters() if weight.requires_grad]
-        self.optimizer = optimizer.create(config, self.weights)
-        self.ema = EMA(module, config.ema) if config.ema else None
-
-    @property
-    def judged(self) -> nn.Module:
-        """The module to sample from and to test: the averaged one where there is one."""
-        return self.ema.module if self.ema else self.module
-
-    def parts(self, prefix: str = "") -> dict[str, Stateful]:
-        """What a checkpoint must hold of it."""
-        parts: dict[str, Stateful] = {f"{prefix}model": self.module, f"{prefix}optimizer": self.optimizer}
-        return parts | ({f"{prefix}ema": self.ema} if self.ema else {})
-
-    def forward(self, loss: Loss, shard: Shard) -> tuple[Tensor, Metrics]:
-        """A loss as the forward pass of the module it trains, which is what DistributedDataParallel watches."""
-        return loss(shard)
-
-    def gradient_norm(self) -> float:
-        """The norm of the whole gradient; not finite if any part of it is not."""
-        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-        return float(nn.utils.get_total_norm(gradients, foreach=True))
-
-    def update(self, rate: float, norm: float) -> None:
-        """Clip, follow the gradient, move the average."""
-        if self.config.clip_norm and norm > self.config.clip_norm:
-            nn.utils.clip_grads_with_norm_(self.weights, self.config.clip_norm, torch.tensor(norm), foreach=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        if self.ema:
-            self.ema.update(self.module)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One process's part of one micro-batch: rows `first .. first + count` of the step's batch of `batch`."""
-
-    first: int
-    count: int
-    batch: int
-    seed: int
-    step: int
-    device: torch.device
-
-    def indices(self, size: int) -> Tensor:
-        """Which items of a shuffled set of `size` these rows are, int64 (count,), each epoch in an order of its own."""
-        return seeding.shuffled(self.seed, size, self.step * self.batch + self.first, self.count).to(self.device)
-
-    def uniform(self, stream: str, *shape: int) -> Tensor:
-        """Numbers uniform in [0, 1), (count, *shape): this shard's rows of the whole batch's draw."""
-        return torch.rand(self.batch, *shape, generator=self._generator(stream), device=self.device)[self._rows]
-
-    def normal(self, stream: str, *shape: int) -> Tensor:
-        """Standard normal numbers, (count, *shape): this shard's rows of the whole batch's draw."""
-        return torch.randn(self.batch, *shape, generator=self._generator(stream), device=self.device)[self._rows]
-
-    @property
-    def _rows(self) -> slice:
-        return slice(self.first, self.first + self.count)
-
-    def _generator(self, stream: str) -> torch.Generator:
-        return seeding.generator(self.seed, stream, self.step, self.device)
 
 
 class Window:
@@ -245,6 +171,7 @@ class Trainer:
         self.experiment, self.config, self.world = experiment, experiment.trainer, world
         self.step = self.skipped = self.skipped_in_a_row = self.failed_saves = 0
         self.window = Window()
+        self.bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and native_bf16(world.device))
         self.media: Path | None = None
         self._parallel: dict[Learner, DistributedDataParallel] = {}
         self.task = experiment.task(self)
@@ -384,7 +311,7 @@ class Trainer:
         shards, window = self.shards(batch), Window()
         for index, shard in enumerate(shards):
             with self._synchronising(learner, last=index == len(shards) - 1) as forward:
-                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
                     value, metrics = forward(loss, shard)
                 # A loss that is not finite makes every gradient so, on every process: they must agree to skip.
                 (value * ((1 + 0 * value.detach()) / len(shards))).backward()
@@ -430,7 +357,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         requested.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
         log.info("%s: finishing this step, then saving; once more to stop at once", signal.Signals(number).name)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,0 +1,89 @@
+"""Modules that learn, and the part of a batch that a process computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lab import optimizer, seeding
+from lab.checkpoint import Stateful
+from lab.ema import EMA
+from lab.optimizer import OptimizerConfig
+
+Metrics = Mapping[str, Tensor | float]
+Loss = Callable[["Shard"], tuple[Tensor, Metrics]]
+"""Maps a shard to the mean loss over its rows, and to metrics that are means too."""
+
+
+class Learner(nn.Module):
+    """A module, the optimiser that trains it, and the average of its weights."""
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
+        super().__init__()
+        self.module, self.config = module, config
+        self.weights = [weight for weight in module.parameters() if weight.requires_grad]
+        self.optimizer = optimizer.create(config, self.weights)
+        self.ema = EMA(module, config.ema) if config.ema else None
+
+    @property
+    def judged(self) -> nn.Module:
+        """The module to sample from and to test: the averaged one where there is one."""
+        return self.ema.module if self.ema else self.module
+
+    def parts(self, prefix: str = "") -> dict[str, Stateful]:
+        """What a checkpoint must hold of it."""
+        parts: dict[str, Stateful] = {f"{prefix}model": self.module, f"{prefix}optimizer": self.optimizer}
+        return parts | ({f"{prefix}ema": self.ema} if self.ema else {})
+
+    def forward(self, loss: Loss, shard: Shard) -> tuple[Tensor, Metrics]:
+        """A loss as the forward pass of the module it trains, which is what DistributedDataParallel watches."""
+        return loss(shard)
+
+    def gradient_norm(self) -> float:
+        """The norm of the whole gradient; not finite if any part of it is not."""
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        return float(nn.utils.get_total_norm(gradients, foreach=True))
+
+    def update(self, rate: float, norm: float) -> None:
+        """Clip, follow the gradient, move the average."""
+        if self.config.clip_norm and norm > self.config.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.weights, self.config.clip_norm, torch.tensor(norm), foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update(self.module)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process's part of one micro-batch: rows `first .. first + count` of the step's batch of `batch`."""
+
+    first: int
+    count: int
+    batch: int
+    seed: int
+    step: int
+    device: torch.device
+
+    def indices(self, size: int) -> Tensor:
+        """Which items of a shuffled set of `size` these rows are, int64 (count,), each epoch in an order of its own."""
+        return seeding.shuffled(self.seed, size, self.step * self.batch + self.first, self.count).to(self.device)
+
+    def uniform(self, stream: str, *shape: int) -> Tensor:
+        """Numbers uniform in [0, 1), (count, *shape): this shard's rows of the whole batch's draw."""
+        return torch.rand(self.batch, *shape, generator=self._generator(stream), device=self.device)[self._rows]
+
+    def normal(self, stream: str, *shape: int) -> Tensor:
+        """Standard normal numbers, (count, *shape): this shard's rows of the whole batch's draw."""
+        return torch.randn(self.batch, *shape, generator=self._generator(stream), device=self.device)[self._rows]
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+    def _generator(self, stream: str) -> torch.Generator:
+        return seeding.generator(self.seed, stream, self.step, self.device)
