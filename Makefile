@@ -19,6 +19,9 @@ lint: setup-dev  ## style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+figures: setup  ## the benchmarks of the README (about 20 minutes on 2 cores)
+	$(RUN) benchmarks/trainer.py
+
 setup:
 	@$(PYTHON) scripts/bootstrap.py
 

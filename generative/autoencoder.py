@@ -82,7 +82,7 @@ def corrupt(images: Tensor, noise: Tensor, kind: str, strength: float) -> Tensor
     if kind == "gaussian":
         return images + strength * noise
     if kind == "mask":
-        return images * (torch.special.ndtr(noise[:, :1]) >= strength)
+        return images.masked_fill(torch.special.ndtr(noise[:, :1]) < strength, 0.0)
     return images
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +103,6 @@ class ImageExperiment(Experiment):
 
 class ImageTask:
     """Training of one module on a set of images; a family adds its loss and its test."""
-
-    axes: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, experiment: Any, trainer: Trainer) -> None:
         self.experiment = experiment
@@ -211,13 +209,18 @@ def load(name: str, device: str | torch.device = "cpu") -> Loaded:
         UserError: no such run, or none of its checkpoints is whole.
     """
     found = runs.find(name, FAMILIES)
-    default: ImageExperiment = importlib.import_module(FAMILIES[found.run.experiment]).EXPERIMENT
-    experiment = resolve(default, read_yaml(found.run.config)[0]).settings
+    experiment = settings_of(found.run)
     saved = _read(found.run, found.checkpoint)
     facts = saved.notes["facts"]
     model = experiment.network(tuple(facts["shape"]), tuple(facts["classes"]))
     model.load_state_dict(saved.parts["ema"]["module"] if "ema" in saved.parts else saved.parts["model"])
     return Loaded(model.to(device).eval().requires_grad_(False), experiment, found.run, saved.step)
+
+
+def settings_of(run: runs.Run) -> ImageExperiment:
+    """The settings that a run was made with."""
+    default: ImageExperiment = importlib.import_module(FAMILIES[run.experiment]).EXPERIMENT
+    return resolve(default, read_yaml(run.config)[0]).settings
 
 
 def _read(run: runs.Run, folder: Path | None) -> Checkpoint:
@@ -228,8 +231,3 @@ def _read(run: runs.Run, folder: Path | None) -> Checkpoint:
     if saved is None:
         raise UserError(f"{run.folder} has no whole checkpoint yet; train it with --resume {run.folder}")
     return saved
-
-
-def with_data(experiment: ImageExperiment, **changes: Any) -> ImageExperiment:
-    """The same experiment on other data settings."""
-    return replace(experiment, data=replace(experiment.data, **changes))

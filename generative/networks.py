@@ -42,13 +42,13 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Vectors (N, outputs); labels (N,) enter as constant planes or as extra inputs."""
-        features: Tensor = images
-        if isinstance(self.features[0], nn.Conv2d):
-            planes = one_hot(labels, self.classes, images)[:, :, None, None].expand(-1, -1, *images.shape[2:])
-            features = torch.cat([images, planes], 1) if self.classes else images
-        else:
-            features = torch.cat([images.flatten(1), one_hot(labels, self.classes, images)], 1) if self.classes else images.flatten(1)
-        vectors: Tensor = self.head(self.features(features))
+        convolutional = isinstance(self.features[0], nn.Conv2d)
+        inputs = images if convolutional else images.flatten(1)
+        if self.classes:
+            marks = one_hot(labels, self.classes, images)
+            planes = marks[:, :, None, None].expand(-1, -1, *images.shape[2:])
+            inputs = torch.cat([inputs, planes if convolutional else marks], 1)
+        vectors: Tensor = self.head(self.features(inputs))
         return vectors
 
 

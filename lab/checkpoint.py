@@ -58,6 +58,8 @@ class Checkpoint:
 def pack(state: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     """JSON for a nested state; its tensors go into `tensors` under their path in the state."""
     if isinstance(state, Tensor):
+        while name in tensors:  # {"a.b": x, "a": {"b": y}}
+            name += "_"
         tensors[name] = state.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(state, Mapping):
@@ -88,7 +90,7 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def save(root: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[str, Any], keep: int) -> Path:
-    """Save every part as the checkpoint of `step`, then delete all but the newest `keep`.
+    """Save every part as the checkpoint of `step`, then delete all but the newest `keep` up to it.
 
     Raises:
         OSError: the disk is full or fails; the checkpoints that were there are untouched and nothing half-written stays.
@@ -106,8 +108,10 @@ def save(root: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[st
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _flush(root)
-    for old in folders(root)[keep:]:
-        shutil.rmtree(old)
+    # Later ones can only be damaged, or the run would have gone on from them.
+    kept = [folder for folder in folders(root) if folder.name <= final.name][:keep]
+    for folder in set(folders(root)) - set(kept):
+        shutil.rmtree(folder)
     return final
 
 
@@ -183,7 +187,11 @@ def verify(folder: Path) -> dict[str, Any]:
     for name in sorted(expected ^ found):
         raise DamagedCheckpoint(f"{folder / name} is {'missing' if name in expected else 'not part of the checkpoint'}")
     for name, digest in manifest["sha256"].items():
-        if _digest(folder / name) != digest:
+        try:
+            found_digest = _digest(folder / name)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{folder / name} cannot be read ({error.strerror})") from None
+        if found_digest != digest:
             raise DamagedCheckpoint(f"{folder / name} is not what was saved (its SHA-256 differs from the manifest's)")
     return manifest
 
@@ -223,7 +231,7 @@ def restore(parts: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
     for name, part in parts.items():
         try:
             part.load_state_dict(states[name])
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"'{name}' does not fit the checkpoint; its settings were other ones ({error})") from None
         if isinstance(part, torch.optim.Optimizer):
             _match_layout(part)

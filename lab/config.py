@@ -139,7 +139,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return kinds is not None and all(map(_fits, value, kinds))
     if bare in (int, float):
         number = isinstance(value, int | float if bare is float else int) and not isinstance(value, bool)
-        return number and math.isfinite(value) and all(value in bounds for bounds in ranges)
+        return number and -math.inf < value < math.inf and all(value in bounds for bounds in ranges)
     return isinstance(value, bare)
 
 
@@ -222,7 +222,7 @@ def _integer(text: str) -> int:
 # Reading a file and a command line
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Given], str | None]:
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Given], str | None]:
     """The dotted keys of a YAML file and the experiment it names; a `base:` file is read first and laid under it.
 
     Raises:
@@ -230,7 +230,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Given], str | None]:
     """
     problems: list[str] = []
     given: dict[str, Given] = {}
-    for key, entry in _entries(_compose(path), "", path, problems):
+    try:
+        entries = list(_entries(_compose(path), "", path, problems))
+    except RecursionError:
+        raise ConfigError([f"{path}: nested too deeply, or into itself"]) from None
+    for key, entry in entries:
         if key in given:
             problems.append(f"{entry.where}: '{key}' is given twice, first at {given[key].where}")
         given[key] = entry
@@ -240,7 +244,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Given], str | None]:
     below: dict[str, Given] = {}
     named = str(experiment.text) if experiment else None
     if base:
-        below, named_below = read_yaml(path.parent / str(base.text))
+        if path.resolve() in above:
+            raise ConfigError([f"{base.where}: this file is its own base, by way of {', '.join(map(str, above))}"])
+        below, named_below = read_yaml(path.parent / str(base.text), (*above, path.resolve()))
         named = named or named_below
     return below | given, named
 
@@ -405,6 +411,6 @@ def _scalar(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_scalar(item) for item in value) + "]"
     if isinstance(value, float):
-        return repr(value)
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
+        return float.__repr__(value)  # of NumPy's floats too
+    # As a list of one, since inside a list commas and brackets need quotes that they do not need elsewhere.
+    return yaml.safe_dump([value], default_flow_style=True, width=10**9, allow_unicode=True).rstrip("\n")[1:-1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from lab.config import ConfigError, Given, Resolved, UserError, dump, leaves, re
 from lab.distributed import World
 from lab.recorder import Recorder, console, cut, display, log, speak
 from lab.runs import Run
-from lab.tracking import Tracker
+from lab.tracking import Tracker, resolved_mode
 from lab.trainer import DONE, STOPPED, Experiment, Trainer, TrainingStopped
 
 E = TypeVar("E", bound=Experiment)
@@ -155,7 +155,9 @@ def _train(order: Order) -> int:
 
 def _train_main(order: Order, experiment: Experiment, world: World) -> int:
     config = dump(experiment, experiment.experiment)
-    trainer = Trainer(experiment, world)  # first, so that a mistake in the data leaves no empty run behind
+    # Both first, so that a mistake in the data or a missing key leaves no empty run behind.
+    resolved_mode(experiment.tracking)
+    trainer = Trainer(experiment, world)
     run = order.resume or runs.create(experiment.name, order.folder, config)
     with ExitStack() as stack:
         stack.enter_context(runs.owned(run))
@@ -163,16 +165,16 @@ def _train_main(order: Order, experiment: Experiment, world: World) -> int:
         if order.resume:
             runs.write_config(run, config)
             log.info("resuming %s at step %d of %d", run.folder, trainer.step, experiment.trainer.steps)
-        identity = runs.note_start(run, distributed.environment())
+        runs.note_start(run, distributed.environment())
         tracker = Tracker.start(
-            experiment.tracking, run.folder, identity=identity, name=run.folder.name, group=experiment.name,
-            settings=leaves(experiment) | {"experiment": experiment.experiment}, axes=trainer.task.axes,
+            experiment.tracking, run.folder, identity=run.identity, name=run.folder.name, group=experiment.name,
+            settings=leaves(experiment) | {"experiment": experiment.experiment}, axes=experiment.axes,
         )  # fmt: skip
         recorder = Recorder(run, tracker, display(experiment.name, experiment.trainer.steps))
         stack.callback(recorder.close)
         recorder.start(trainer.step)
         status = trainer.fit(run, recorder)
-        tracker.summarise(_last_values(run))
+        tracker.summarise(run.last_values())
     _draw(run, experiment.name)
     world.leave()
     if status == STOPPED:
@@ -181,14 +183,10 @@ def _train_main(order: Order, experiment: Experiment, world: World) -> int:
     return status
 
 
-def _last_values(run: Run) -> Mapping[str, float | int | str]:
-    """The newest value of every metric."""
-    return {key: value for row in run.rows() for key, value in row.items()}
-
-
 def _draw(run: Run, title: str) -> None:
     """Plot what was recorded as media/curves.png."""
     rows = run.rows()
-    keys = sorted({key for row in rows for key in row if key.startswith(("train/", "eval/"))} - {"train/lr", "train/skipped"})
+    found = {key for row in rows for key in row if key.startswith(("train/", "eval/"))} - {"train/lr", "train/skipped"}
+    keys = sorted(found, key=lambda key: (key.partition("/")[2] != "loss", key))
     if keys:
         media.plot_rows(run.media / "curves.png", rows, keys, title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,9 @@ def save_gif(path: Path, frames: Sequence[Tensor], seconds: float, scale: int = 
     """Write frames (C, H, W) in [0, 1] as an endless GIF that lasts `seconds` a round."""
     path.parent.mkdir(parents=True, exist_ok=True)
     first, *rest = [picture(frame, scale) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=max(20, round(1000 * seconds / len(frames))), loop=0)
+    ends = [round(100 * seconds * count / len(frames)) for count in range(len(frames) + 1)]  # a GIF counts hundredths of a second
+    durations = [10 * max(2, end - start) for start, end in itertools.pairwise(ends)]  # and viewers take less than two for ten
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
 def plot_rows(path: Path, rows: Sequence[dict[str, Any]], keys: Sequence[str], title: str) -> None:
@@ -59,8 +62,12 @@ def plot_rows(path: Path, rows: Sequence[dict[str, Any]], keys: Sequence[str], t
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(key.partition("/")[2] for key in keys))
-    figure = Figure(figsize=(5 * len(names), 3.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    columns = min(3, len(names))
+    figure = Figure(figsize=(4.6 * columns, 3 * math.ceil(len(names) / columns)), layout="constrained")
+    panels = figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False).flat
+    for axes in list(panels)[len(names) :]:
+        axes.remove()
+    for axes, name in zip(figure.axes, names, strict=True):
         for key in (key for key in keys if key.partition("/")[2] == name):
             points = [(row["step"], row[key]) for row in rows if key in row]
             axes.plot(*zip(*points, strict=True), label=key.partition("/")[0], marker="o" if len(points) < 40 else None, markersize=3)

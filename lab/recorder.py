@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -105,14 +106,15 @@ class Recorder:
         except OSError as error:
             log.error("the last rows of metrics.jsonl could not be written (%s)", error.strerror)
         self._file.close()
-        self._timing.close()
+        with contextlib.suppress(OSError):
+            self._timing.close()
         self.tracker.finish()
 
 
 def cut(run: Run, length: int) -> None:
     """Cut `metrics.jsonl` back to what a checkpoint knows; what came after it will be computed and written again."""
     run.metrics.touch()
-    os.truncate(run.metrics, length)
+    os.truncate(run.metrics, min(length, run.metrics.stat().st_size))
 
 
 # Terminal
@@ -163,9 +165,10 @@ class Bar:
     """A live bar: part done, steps per second, time left, the latest metrics."""
 
     def __init__(self, title: str, steps: int) -> None:
-        columns = (TextColumn(title, style="bold"), BarColumn(24), MofNCompleteColumn(), Speed())
-        left, metrics = TimeRemainingColumn(compact=True, elapsed_when_finished=True), TextColumn("{task.fields[metrics]}", style="cyan")
-        self.progress = Progress(*columns, left, metrics, console=console, speed_estimate_period=10)
+        name = TextColumn("{task.description}", style="bold", markup=False)
+        columns = (name, BarColumn(24), MofNCompleteColumn(), Speed(), TimeRemainingColumn(compact=True, elapsed_when_finished=True))
+        metrics = TextColumn("{task.fields[metrics]}", style="cyan", markup=False)
+        self.progress = Progress(*columns, metrics, console=console, speed_estimate_period=10)
         self.task = self.progress.add_task(title, total=steps, metrics="")
         self._drawn = 0.0
 
@@ -223,4 +226,4 @@ class Lines:
         rate = (self._step - self._first) / max(self._said - self._began, 1e-9)
         left = f"{(self.steps - self._step) / rate:.0f} s left" if rate else "- left"
         done = f"{self.title} {self._step}/{self.steps} ({100 * self._step // self.steps} %)"
-        console.print(f"{done}  {rate:.1f} steps/s  {left}  {brief(self._latest)}", highlight=False, soft_wrap=True)
+        console.print(f"{done}  {rate:.1f} steps/s  {left}  {brief(self._latest)}", markup=False, highlight=False, soft_wrap=True)

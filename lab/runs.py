@@ -72,9 +72,14 @@ class Run:
     @property
     def experiment(self) -> str:
         """The kind of experiment, from the first line of the config; empty where there is none."""
-        with contextlib.suppress(OSError), self.config.open(encoding="utf-8") as file:
+        with contextlib.suppress(OSError, UnicodeDecodeError), self.config.open(encoding="utf-8") as file:
             return file.readline().removeprefix("experiment:").strip()
         return ""
+
+    @property
+    def identity(self) -> str:
+        """The run's own name in the world, also W&B's id of it; empty before the first start."""
+        return str(json.loads(self.environment.read_text())["id"]) if self.environment.exists() else ""
 
     def rows(self) -> list[dict[str, Any]]:
         """The recorded rows; a last line that a kill cut short is left out."""
@@ -82,6 +87,10 @@ class Run:
             return []
         lines = self.metrics.read_bytes().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+    def last_values(self) -> dict[str, Any]:
+        """The newest value of every metric."""
+        return {key: value for row in self.rows() for key, value in row.items()}
 
 
 # Making
@@ -93,8 +102,7 @@ def create(name: str, folder: Path | None, config: str) -> Run:
     Raises:
         UserError: the given folder already holds a run.
     """
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    run = Run(folder or RUNS / name / f"{stamp}-{secrets.token_hex(3)}")
+    run = Run(folder or RUNS / name / stamp())
     if run.config.exists():
         raise UserError(f"{run.folder} already holds a run; go on with it by --resume {run.folder}, or give another --run-dir")
     try:
@@ -105,6 +113,11 @@ def create(name: str, folder: Path | None, config: str) -> Run:
     return run
 
 
+def stamp() -> str:
+    """A folder name that sorts by time and is nobody else's: `20261121-080000-1f2e3d`, UTC."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
 def write_config(run: Run, config: str) -> None:
     """Replace the run's config in one step, so that a kill leaves the old or the new one."""
     temporary = run.folder / ".config.yaml"
@@ -112,8 +125,8 @@ def write_config(run: Run, config: str) -> None:
     os.replace(temporary, run.config)
 
 
-def note_start(run: Run, facts: dict[str, Any]) -> str:
-    """Add this start of the run to `command.txt` and `environment.json`; returns the run's id."""
+def note_start(run: Run, facts: dict[str, Any]) -> None:
+    """Add this start of the run to `command.txt` and `environment.json`, with an id for a run that has none."""
     with (run.folder / "command.txt").open("a", encoding="utf-8") as file:
         file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     known = json.loads(run.environment.read_text()) if run.environment.exists() else {}
@@ -122,7 +135,6 @@ def note_start(run: Run, facts: dict[str, Any]) -> str:
     temporary = run.folder / ".environment.json"
     temporary.write_text(json.dumps({"id": identity, "starts": starts}, indent=1) + "\n")
     os.replace(temporary, run.environment)
-    return identity
 
 
 def _versions() -> dict[str, Any]:
@@ -204,12 +216,11 @@ def find(text: str, experiments: Collection[str] | None = None) -> Found:
     if text == "latest" and runs:
         return Found(runs[0])
     path = Path(text)
-    if path.name.startswith("step_") and Run(path.parent.parent).config.exists():
-        return Found(Run(path.parent.parent), path)
-    if not Run(path).config.exists():
+    checkpoint = path if path.name.startswith("step_") and path.is_dir() else None
+    run = Run(path.parent.parent if checkpoint else path)
+    if not run.config.exists():
         known = "; the newest runs are " + ", ".join(str(run.folder) for run in runs[:3]) if runs else f"; there is none below {RUNS}/ yet"
         raise UserError(f"{text}: no {' or '.join(sorted(experiments or []))} run here".replace("  ", " ") + known)
-    run = Run(path)
     if experiments is not None and run.experiment not in experiments:
         raise UserError(f"{text}: a run of '{run.experiment}'; expected {' or '.join(sorted(experiments))}")
-    return Found(run)
+    return Found(run, checkpoint)

@@ -83,6 +83,8 @@ class Experiment(Settings):
 
     experiment: ClassVar[str]
     """The kind, as the first line of a config names it."""
+    axes: ClassVar[Mapping[str, str]] = {"*": "step"}
+    """Which metric each pattern of metrics is drawn over."""
 
     name: str
     """What to call it: the folder below runs/, and the group on W&B."""
@@ -112,10 +114,6 @@ class Task(Protocol):
     @property
     def facts(self) -> Mapping[str, Any]:
         """What a saved model needs besides its settings to be built again (shapes, class names), as JSON."""
-
-    @property
-    def axes(self) -> Mapping[str, str]:
-        """Which metrics are drawn over which other one, by pattern; all others over the step."""
 
     def parts(self) -> Mapping[str, Stateful]:
         """Everything a checkpoint must hold."""

@@ -1,7 +1,7 @@
 """Create .venv and install Dreamplay into it; does nothing when that is done already. Needs only Python and its pip.
 
-    python3 scripts/bootstrap.py          what the experiments need
-    python3 scripts/bootstrap.py dev      and what the tests need
+python3 scripts/bootstrap.py          what the experiments need
+python3 scripts/bootstrap.py dev      and what the tests need
 """
 
 import hashlib

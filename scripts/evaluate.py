@@ -41,10 +41,7 @@ class Options:
 
 def main() -> int:
     """Judge the run that the command line names."""
-    try:
-        options = tyro.cli(Options, description=__doc__)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    options = tyro.cli(Options, description=__doc__)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; use cpu")
     loaded = families.load(options.run, options.device)
