@@ -413,4 +413,5 @@ def _scalar(value: Any) -> str:
     if isinstance(value, float):
         return float.__repr__(value)  # of NumPy's floats too
     # As a list of one, since inside a list commas and brackets need quotes that they do not need elsewhere.
-    return yaml.safe_dump([value], default_flow_style=True, width=10**9, allow_unicode=True).rstrip("\n")[1:-1]
+    style = '"' if isinstance(value, str) and not value.isprintable() else None  # which writes every kind of line break as an escape
+    return yaml.safe_dump([value], default_flow_style=True, default_style=style, width=10**9, allow_unicode=True).rstrip("\n")[1:-1]

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -314,3 +315,24 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, monkeypatch) 
         UserError, match="cannot resume: the checkpoint holds ema, model, optimizer, trainer; this"
     ):
         Trainer(Line(), World()).resume(run)
+
+
+# Precision and compilation
+
+
+def test_bf16_follows_fp32_and_keeps_weights_and_losses_in_fp32(tmp_path: Path) -> None:
+    plain, _, _ = train(tmp_path / "fp32")
+    half, run, _ = train(tmp_path / "bf16", Line(trainer=settings(precision="bf16")))
+    assert half.task.model.weight.dtype == torch.float32
+    assert not torch.equal(half.task.model.weight, plain.task.model.weight)
+    torch.testing.assert_close(half.task.model.weight, plain.task.model.weight, rtol=0.05, atol=0.05)
+    assert math.isfinite(run.rows()[-1]["train/loss"])
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_weights_under_the_same_names(tmp_path: Path) -> None:
+    plain, _, _ = train(tmp_path / "plain")
+    compiled, _, _ = train(tmp_path / "compiled", Line(trainer=settings(compile=True)))
+    assert set(compiled.task.model.state_dict()) == {"weight", "bias"}
+    torch.testing.assert_close(compiled.task.model.weight, plain.task.model.weight, rtol=1e-4, atol=1e-5)
