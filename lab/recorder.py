@@ -226,4 +226,6 @@ class Lines:
         rate = (self._step - self._first) / max(self._said - self._began, 1e-9)
         left = f"{(self.steps - self._step) / rate:.0f} s left" if rate else "- left"
         done = f"{self.title} {self._step}/{self.steps} ({100 * self._step // self.steps} %)"
-        console.print(f"{done}  {rate:.1f} steps/s  {left}  {brief(self._latest)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{done}  {rate:.1f} steps/s  {left}  {brief(self._latest)}", markup=False, emoji=False, highlight=False, soft_wrap=True
+        )

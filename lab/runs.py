@@ -103,9 +103,9 @@ def create(name: str, folder: Path | None, config: str) -> Run:
         UserError: the given folder already holds a run.
     """
     run = Run(folder or RUNS / name / stamp())
-    if run.config.exists():
-        raise UserError(f"{run.folder} already holds a run; go on with it by --resume {run.folder}, or give another --run-dir")
     try:
+        if run.config.exists():
+            raise UserError(f"{run.folder} already holds a run; go on with it by --resume {run.folder}, or give another --run-dir")
         run.media.mkdir(parents=True, exist_ok=True)
         write_config(run, config)
     except OSError as error:

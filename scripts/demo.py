@@ -76,8 +76,9 @@ def images() -> str:
         found = data.load(DataConfig(name="mnist"))
         console.print(f"images: MNIST, {len(found.train):,} to train on and {len(found.test):,} to test on")
         return "mnist"
-    except DataError as error:
-        console.print(f"images: scikit-learn's 1,797 digits, for want of MNIST ({error})", soft_wrap=True, highlight=False)
+    except DataError:
+        why = "MNIST is neither at hand (in LAB_DATA or the cache) nor to be downloaded"
+        console.print(f"images: scikit-learn's 1,797 real digits, since {why}", soft_wrap=True, highlight=False)
         return "digits"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lab.data import DataConfig, DataError, load
+from lab.data import DataConfig, DataError, folder, load
 
 
 def picture(path, value=100, size=(12, 12), mode: str = "RGB", **options) -> None:
@@ -30,12 +30,18 @@ def classes(root):
 
 
 def test_pictures_are_read_by_class_in_order_of_name(classes):
-    found = read(classes, test_fraction=0.0)
+    found = folder.load(str(classes), 8, True, 0.0)
     assert found.classes == ("cat", "dog")
     assert found.shape == (1, 8, 8)
     assert found.train.images[:, 0, 0, 0].tolist() == [*range(10), *range(100, 110)]
     assert found.train.labels.tolist() == [0] * 10 + [1] * 10
     assert found.test.images.shape == (0, 1, 8, 8)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_a_split_without_a_part_is_refused(classes, fraction):
+    with pytest.raises(ValueError, match="test_fraction: must lie between 0 and 1"):
+        read(classes, test_fraction=fraction)
 
 
 def test_the_split_is_the_same_everywhere_and_takes_a_share_of_each_class(classes, tmp_path):

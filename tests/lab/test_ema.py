@@ -31,7 +31,7 @@ def shake(module: nn.Module, update: int) -> None:
 def test_the_average_is_the_one_computed_number_by_number(decay, power):
     module = network()
     ema = EMA(module, decay, power)
-    slow = [[float(x) for x in weight.flatten()] for weight in module.parameters()]
+    slow = [weight.flatten().tolist() for weight in module.parameters()]
     for update in range(60):
         shake(module, update)
         ema.update(module)

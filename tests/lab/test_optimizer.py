@@ -1,5 +1,6 @@
 """Optimisers against torch's plain ones, learning rates against closed forms."""
 
+import itertools
 import math
 
 import pytest
@@ -30,7 +31,10 @@ def plain(config: OptimizerConfig, weights: list[nn.Parameter]) -> torch.optim.O
 def some_weights() -> list[nn.Parameter]:
     numbers = torch.Generator().manual_seed(1)
     convolution = torch.randn(4, 3, 3, 3, generator=numbers, dtype=torch.float64).to(memory_format=torch.channels_last)
-    return [nn.Parameter(value) for value in (convolution, torch.randn(5, generator=numbers, dtype=torch.float64), torch.ones((), dtype=torch.float64))]
+    return [
+        nn.Parameter(value)
+        for value in (convolution, torch.randn(5, generator=numbers, dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    ]
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw", "radam", "rmsprop", "sgd"])
@@ -48,7 +52,6 @@ def test_every_rule_follows_torchs_plain_one(kind, decay):
         slow.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
-        assert not mine.equal(some_weights()[2]) or mine.dim()
 
 
 def test_decoupled_decay_of_adamw_shrinks_a_weight_without_gradient_by_lr_times_decay():
@@ -107,6 +110,6 @@ def test_the_rate_climbs_then_falls_and_stays_between_its_ends(schedule, final, 
     rates = [learning_rate(config, step, steps) for step in range(steps)]
     up, down = rates[:warmup], rates[warmup:]
     assert up == sorted(up)
-    assert all(late <= early + 1e-12 for early, late in zip(down, down[1:]))
+    assert all(late <= early + 1e-12 for early, late in itertools.pairwise(down))
     assert all(0 < rate <= 1 for rate in up)
     assert all(final - 1e-12 <= rate <= 1 for rate in down)
