@@ -33,11 +33,12 @@ from generative.vae import VAE, VAEConfig, VAEExperiment, VAETask
 from lab import data, distributed, runs
 from lab.data import DataConfig, ImageSet, as_float
 from lab.ema import EMA
+from lab.experiment import TrainerConfig
 from lab.learner import Shard
 from lab.optimizer import OptimizerConfig, create, learning_rate
 from lab.recorder import Lines, Recorder, console
 from lab.tracking import Tracker, TrackingConfig
-from lab.trainer import Trainer, TrainerConfig
+from lab.trainer import Trainer
 
 NETWORKS = {"mlp": NetworkConfig(), "conv": NetworkConfig(kind="conv", hidden=256)}
 
@@ -153,7 +154,7 @@ def bare(experiment: VAEExperiment, world: distributed.World) -> float:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, experiment.trainer.steps)
         optimizer.step()
-        average.update(model)
+        average.update()
     return time.perf_counter() - began
 
 

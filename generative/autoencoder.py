@@ -25,9 +25,10 @@ from generative.networks import Decoder, Encoder, NetworkConfig, Shape
 from lab import seeding
 from lab.config import Count, NonNegative, Settings
 from lab.data import ImageSet, Split, as_float
+from lab.experiment import TrainerConfig
 from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
-from lab.trainer import Trainer, TrainerConfig
+from lab.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

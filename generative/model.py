@@ -21,9 +21,10 @@ from lab.checkpoint import Checkpoint, DamagedCheckpoint, Stateful
 from lab.config import Count, Natural, Settings, UserError, read_yaml, resolve
 from lab.data import AugmentConfig, DataConfig, ImageSet, Split, as_float
 from lab.data.augment import augment
+from lab.experiment import Every, Experiment
 from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
-from lab.trainer import Every, Experiment, Trainer
+from lab.trainer import Trainer
 
 FAMILIES = {"autoencoder": "generative.autoencoder", "vae": "generative.vae"}
 

@@ -26,10 +26,11 @@ from generative.networks import Decoder, Encoder, NetworkConfig, Shape
 from lab import seeding
 from lab.config import Count, Natural, NonNegative, Settings
 from lab.data import ImageSet, Split, as_float
+from lab.experiment import TrainerConfig
 from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
 from lab.recorder import track
-from lab.trainer import Trainer, TrainerConfig
+from lab.trainer import Trainer
 
 LOG_2PI = math.log(2 * math.pi)
 

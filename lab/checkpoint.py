@@ -230,11 +230,23 @@ def restore(parts: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
         raise ValueError(f"the checkpoint holds {', '.join(sorted(states))}; this experiment has {', '.join(sorted(parts))}")
     for name, part in parts.items():
         try:
-            part.load_state_dict(states[name])
+            if isinstance(part, torch.optim.Optimizer):
+                _restore_optimizer(part, states[name])
+            else:
+                part.load_state_dict(states[name])
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"'{name}' does not fit the checkpoint; its settings were other ones ({error})") from None
-        if isinstance(part, torch.optim.Optimizer):
-            _match_layout(part)
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put moments back, but keep the hyper-parameters of now: they are settings, which a resumed run may change."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    if any(set(mine) != set(theirs) - {"params"} for mine, theirs in zip(groups, state["param_groups"])):
+        raise ValueError("it was another kind of optimiser")
+    optimizer.load_state_dict(state)
+    for group, mine in zip(optimizer.param_groups, groups):
+        group.update(mine)
+    _match_layout(optimizer)
 
 
 def _match_layout(optimizer: torch.optim.Optimizer) -> None:

@@ -159,7 +159,8 @@ def read(given: Given, kind: Any) -> Any:
     Raises:
         ValueError: saying what was expected.
     """
-    for option in _options(_split(kind)[0]):
+    # `none` before a text that says "none".
+    for option in sorted(_options(_split(kind)[0]), key=lambda option: option is not type(None)):
         try:
             value = _read_one(given, option)
         except ValueError:

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -19,17 +19,20 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float, power: float = 0.75) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self.decay, self.power, self.updates = decay, power, 0
+        # Listed once: walking a module's tree at every step costs more than averaging a small one.
+        self._weights: tuple[list[Tensor], list[Tensor]] = list(self.module.parameters()), list(module.parameters())
+        self._buffers = list(zip(self.module.buffers(), module.buffers(), strict=True))
 
     def decay_at(self, update: int) -> float:
         """The weight of the old average in update number `update`, which counts from 0."""
         return float(min(self.decay, 1 - (1 + update) ** -self.power))
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move the average one update towards `module`."""
-        weight = 1 - self.decay_at(self.updates)
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), weight)
-        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
+    def update(self) -> None:
+        """Move the average one update towards the module it was made for."""
+        average, current = self._weights
+        torch._foreach_lerp_(average, current, 1 - self.decay_at(self.updates))
+        for mine, theirs in self._buffers:
             mine.copy_(theirs)
         self.updates += 1
 

@@ -19,10 +19,11 @@ import tyro
 from lab import distributed, media, runs
 from lab.config import ConfigError, Given, Resolved, UserError, dump, leaves, read_arguments, read_yaml, resolve
 from lab.distributed import World
+from lab.experiment import Experiment
 from lab.recorder import Recorder, console, cut, display, log, speak
 from lab.runs import Run
 from lab.tracking import Tracker, resolved_mode
-from lab.trainer import DONE, STOPPED, Experiment, Trainer, TrainingStopped
+from lab.trainer import DONE, STOPPED, Trainer, TrainingStopped
 
 E = TypeVar("E", bound=Experiment)
 
@@ -85,7 +86,7 @@ def read_order(default: Experiment, argv: Sequence[str]) -> Order:
     arguments = read_arguments(argv)
     options = dict(arguments.options)
     resume, folder = (_path(options.pop(name, None), name) for name in ("resume", "run_dir"))
-    run = runs.find(resume, [default.experiment]).run if resume else None
+    run = _resumed(resume, default.experiment) if resume else None
     configs = [*map(Path, arguments.positional), *([run.config] if run else [])]
     if len(configs) > 1 or (run and folder):
         raise UserError(f"give one config, or --resume RUN, or --run-dir DIR for a new run, not several: {', '.join(argv)}")
@@ -94,6 +95,13 @@ def read_order(default: Experiment, argv: Sequence[str]) -> Order:
     for path in configs:
         given, problems = _read_config(path, default.experiment)
     return Order(resolve(default, given | options, problems), run, Path(folder) if folder else None)
+
+
+def _resumed(name: str, experiment: str) -> Run:
+    found = runs.find(name, [experiment])
+    if found.checkpoint:
+        raise UserError(f"--resume {name}: a run goes on from its newest checkpoint; give the run, --resume {found.run.folder}")
+    return found.run
 
 
 def _path(given: Given | None, name: str) -> str | None:

@@ -55,7 +55,7 @@ class Learner(nn.Module):
             group["lr"] = rate
         self.optimizer.step()
         if self.ema:
-            self.ema.update(self.module)
+            self.ema.update()
 
 
 @dataclass(frozen=True)

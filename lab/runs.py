@@ -77,6 +77,13 @@ class Run:
         return ""
 
     @property
+    def started(self) -> str:
+        """When the run was last started or resumed, UTC, as ISO text that sorts; empty if that is not known."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return str(json.loads(self.environment.read_text())["starts"][-1]["time"])
+        return ""
+
+    @property
     def identity(self) -> str:
         """The run's own name in the world, also W&B's id of it; empty before the first start."""
         return str(json.loads(self.environment.read_text())["id"]) if self.environment.exists() else ""
@@ -192,10 +199,10 @@ def _owner(path: Path) -> str:
 
 
 def listing(root: Path = RUNS, experiments: Collection[str] | None = None) -> list[Run]:
-    """All runs below a folder, newest first; `experiments` keeps only those kinds."""
+    """All runs below a folder, the one last started or resumed first; `experiments` keeps only those kinds."""
     runs = [Run(path.parent) for path in root.glob("*/*/config.yaml")]
     kept = [run for run in runs if experiments is None or run.experiment in experiments]
-    return sorted(kept, key=lambda run: (run.folder.name, str(run.folder)), reverse=True)
+    return sorted(kept, key=lambda run: (run.started, run.folder.name, str(run.folder)), reverse=True)
 
 
 @dataclass(frozen=True)

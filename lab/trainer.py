@@ -14,12 +14,11 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,102 +26,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lab import checkpoint, media, optimizer, seeding
 from lab.checkpoint import Stateful
-from lab.config import Count, Natural, Settings, UserError
+from lab.config import UserError
 from lab.distributed import World, native_bf16
+from lab.experiment import Every, Experiment
 from lab.learner import Learner, Loss, Metrics, Shard
 from lab.optimizer import OptimizerConfig
 from lab.recorder import Recorder
 from lab.runs import Run
-from lab.tracking import TrackingConfig
 
 log = logging.getLogger("dreamplay")
 
 DONE, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: start again with --resume
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig(Settings):
-    """Time, place and persistence of a run."""
-
-    steps: Count = 10_000
-    """Steps of the whole run."""
-    seed: Natural = 0
-    """Everything random follows from it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """Number format of matrix products and convolutions; weights, losses and averages are always fp32. auto: bf16 where it is native."""
-    accumulate: Count = 1
-    """Parts into which a batch is cut to save memory; the result is the same."""
-    compile: bool = False
-    """Compile models with torch.compile: a minute slower to start, then faster; needs a C++ compiler on a CPU."""
-    threads: Natural = 0
-    """CPU threads of each process; 0 shares all cores. Bit-exact repetition needs the same number."""
-    deterministic: bool = False
-    """Ask CUDA for repeatable kernels, at some speed; on a CPU runs are repeatable anyway."""
-    log_every: Count = 50
-    """Steps between rows of metrics; a row holds the mean over those steps."""
-    preview_every: Count = 1000
-    """Steps between previews: test metrics, and pictures in media/."""
-    save_every: Count = 1000
-    """Steps between checkpoints."""
-    keep: Count = 2
-    """Checkpoints that are kept; at least 2, since the newest one could be damaged."""
-    max_skipped: Count = 10
-    """Updates in a row that may be skipped for non-finite gradients before the run stops."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.keep < 2:
-            raise ValueError("keep: at least 2 checkpoints must be kept, since the newest one could be damaged")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment(Settings):
-    """Settings of one kind of experiment, and the task they describe."""
-
-    experiment: ClassVar[str]
-    """The kind, as the first line of a config names it."""
-    axes: ClassVar[Mapping[str, str]] = {"*": "step"}
-    """Which metric each pattern of metrics is drawn over."""
-
-    name: str
-    """What to call it: the folder below runs/, and the group on W&B."""
-    trainer: TrainerConfig
-    tracking: TrackingConfig = TrackingConfig()
-
-    def task(self, trainer: Trainer) -> Task:
-        """The task that these settings describe."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Every:
-    """Something to do after every so many steps, and after the last one; it returns metrics for that step's row."""
-
-    steps: int
-    do: Callable[[], Mapping[str, float | int | str]]
-
-    def due(self, step: int, last: int) -> bool:
-        """Whether it is time, `step` steps being done."""
-        return step % self.steps == 0 or step == last
-
-
-class Task(Protocol):
-    """The mathematics of an experiment."""
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What a saved model needs besides its settings to be built again (shapes, class names), as JSON."""
-
-    def parts(self) -> Mapping[str, Stateful]:
-        """Everything a checkpoint must hold."""
-
-    def step(self, trainer: Trainer) -> Metrics:
-        """One update; returns metrics, which are averaged until the next row."""
-
-    def hooks(self, trainer: Trainer) -> Sequence[Every]:
-        """What to do now and then; only the main process does it."""
 
 
 class Window:

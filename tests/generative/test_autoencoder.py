@@ -9,8 +9,9 @@ from generative.model import encode_all, neighbour_accuracy
 from generative.networks import NetworkConfig
 from lab.data import DataConfig, ImageSet, Split
 from lab.distributed import World
+from lab.experiment import TrainerConfig
 from lab.learner import Shard
-from lab.trainer import Trainer, TrainerConfig
+from lab.trainer import Trainer
 
 SMALL = NetworkConfig(hidden=32)
 

@@ -15,8 +15,9 @@ from generative.vae import VAE, VAEConfig, VAEExperiment, VAETask
 from lab.config import UserError
 from lab.data import DataConfig
 from lab.distributed import World
+from lab.experiment import TrainerConfig
 from lab.learner import Shard
-from lab.trainer import Trainer, TrainerConfig
+from lab.trainer import Trainer
 
 SHAPE, CLASSES = (1, 8, 8), ("a", "b", "c")
 SMALL = NetworkConfig(hidden=16)

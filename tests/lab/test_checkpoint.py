@@ -581,3 +581,19 @@ def test_the_state_of_a_part_is_not_changed_by_saving_it(tmp_path):
     before = copy.deepcopy({name: part.state for name, part in held.items()})
     save(tmp_path, 1, held, {}, 2)
     assert same({name: part.state for name, part in held.items()}, before)
+
+
+def test_a_resumed_optimizer_keeps_its_moments_and_takes_the_settings_of_now():
+    weight = torch.nn.Parameter(torch.ones(3))
+    before = torch.optim.AdamW([weight], betas=(0.9, 0.999), weight_decay=0.0)
+    weight.sum().backward()
+    before.step()
+    tensors: dict = {}
+    state = unpack(json.loads(json.dumps(pack(before.state_dict(), tensors))), tensors)
+    after = torch.optim.AdamW([weight], betas=(0.5, 0.9), weight_decay=0.1)
+    restore({"optimizer": after}, {"optimizer": state})
+    assert after.param_groups[0]["betas"] == (0.5, 0.9)
+    assert after.param_groups[0]["weight_decay"] == 0.1
+    assert after.state[weight]["exp_avg"].equal(before.state[weight]["exp_avg"])
+    with pytest.raises(ValueError, match="another kind of optimiser"):
+        restore({"optimizer": torch.optim.SGD([weight])}, {"optimizer": state})

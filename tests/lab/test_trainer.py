@@ -14,12 +14,13 @@ from torch import nn
 
 from lab.config import UserError
 from lab.distributed import World
+from lab.experiment import Every, Experiment, TrainerConfig
 from lab.learner import Learner
 from lab.optimizer import OptimizerConfig
 from lab.recorder import Lines, Recorder
 from lab.runs import Run, create
 from lab.tracking import Tracker, TrackingConfig
-from lab.trainer import DONE, Every, Experiment, Trainer, TrainerConfig, TrainingStopped
+from lab.trainer import DONE, Trainer, TrainingStopped
 
 DATA = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
 TARGETS = DATA @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3
@@ -311,9 +312,7 @@ def test_other_tasks_run_in_the_same_loop_and_resume_bit_identically(kind, tmp_p
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, monkeypatch) -> None:
     _, run, _ = train(tmp_path / "run")
     monkeypatch.setattr(Line, "task", lambda self, trainer: TwoPlayers(self, trainer))
-    with pytest.raises(
-        UserError, match="cannot resume: the checkpoint holds ema, model, optimizer, trainer; this"
-    ):
+    with pytest.raises(UserError, match="cannot resume: the checkpoint holds ema, model, optimizer, trainer; this"):
         Trainer(Line(), World()).resume(run)
 
 
