@@ -176,17 +176,18 @@ class AutoencoderTask(ImageTask):
             damaged = corrupt(images, shard.normal("corruption", *images.shape[1:]), config.corruption, config.strength)
         return squared_error(images, self.model(damaged)).mean(), {}
 
-    def test(self, images: int) -> dict[str, float]:
+    def test(self, model: Autoencoder, images: int) -> dict[str, float]:
         """The error on the first images of the test set."""
-        return measured_errors(cast(Autoencoder, self.learner.judged), self.data.test, EvaluationConfig(images=images))
+        return measured_errors(model, self.data.test, EvaluationConfig(images=images))
 
     def preview(self, trainer: Trainer) -> dict[str, float | int | str]:
         """As for every family, after laying the Gaussian over the codes of the moment."""
-        judged = cast(Autoencoder, self.learner.judged)
-        judged.fit_codes(self.data.train)
+        with self.learner.judged() as judged:
+            average = cast(Autoencoder, judged)
+            average.fit_codes(self.data.train)
         # The average takes its buffers from the model at every update, so both must have them.
-        self.model.mean.copy_(judged.mean)
-        self.model.factor.copy_(judged.factor)
+        self.model.mean.copy_(average.mean)
+        self.model.factor.copy_(average.factor)
         return super().preview(trainer)
 
 

@@ -117,8 +117,8 @@ class ImageTask:
         """The mean loss over a shard, and metrics."""
         raise NotImplementedError
 
-    def test(self, images: int) -> dict[str, float]:
-        """Scores on the first images of the test set."""
+    def test(self, model: Any, images: int) -> dict[str, float]:
+        """Scores of the judged model on the first images of the test set."""
         raise NotImplementedError
 
     def parts(self) -> Mapping[str, Stateful]:
@@ -143,15 +143,13 @@ class ImageTask:
     @torch.no_grad()
     def preview(self, trainer: Trainer) -> dict[str, float | int | str]:
         """Test scores, a grid of samples from always the same noise, and a grid of test images above their reconstructions."""
-        judged = cast(GeneratorModule, self.learner.judged)
-        labels = spread_labels(64, judged.classes).to(trainer.world.device)
-        samples = judged.sample(64, labels, torch.Generator().manual_seed(0))
-        scores = {f"eval/{name}": value for name, value in self.test(2000).items()}
-        return (
-            scores
-            | trainer.picture("samples", media.grid(samples))
-            | trainer.picture("reconstructions", reconstructions(judged, self.data))
-        )
+        with self.learner.judged() as judged:
+            model = cast(GeneratorModule, judged)
+            labels = spread_labels(64, model.classes).to(trainer.world.device)
+            samples = model.sample(64, labels, torch.Generator().manual_seed(0))
+            scores = {f"eval/{name}": value for name, value in self.test(model, 2000).items()}
+            pictures = trainer.picture("samples", media.grid(samples))
+            return scores | pictures | trainer.picture("reconstructions", reconstructions(model, self.data))
 
 
 def spread_labels(count: int, classes: Sequence[str]) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -280,9 +280,8 @@ class VAETask(ImageTask):
         config = self.experiment.model
         return config.beta * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else config.beta
 
-    def test(self, images: int) -> dict[str, float]:
+    def test(self, model: VAE, images: int) -> dict[str, float]:
         """The bound on the first images of the test set."""
-        model = cast(VAE, self.learner.judged)
         config = EvaluationConfig(images=images)
         return measured_bound(model, *observed(model, self.data.test, config), config.seed)
 

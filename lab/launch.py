@@ -179,7 +179,7 @@ def _train_main(order: Order, experiment: Experiment, world: World) -> int:
             settings=leaves(experiment) | {"experiment": experiment.experiment}, axes=experiment.axes,
         )  # fmt: skip
         recorder = Recorder(run, tracker, display(experiment.name, experiment.trainer.steps))
-        stack.callback(recorder.close)
+        stack.push(lambda kind, error, trace: recorder.close(failed=kind is not None))
         recorder.start(trainer.step)
         status = trainer.fit(run, recorder)
         tracker.summarise(run.last_values())

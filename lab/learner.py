@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,15 @@ class Learner(nn.Module):
         self.optimizer = optimizer.create(config, self.weights)
         self.ema = EMA(module, config.ema) if config.ema else None
 
-    @property
-    def judged(self) -> nn.Module:
-        """The module to sample from and to test: the averaged one where there is one."""
-        return self.ema.module if self.ema else self.module
+    @contextlib.contextmanager
+    def judged(self) -> Iterator[nn.Module]:
+        """The module to sample from and to test, in evaluation mode: the averaged one where there is one."""
+        module = self.ema.module if self.ema else self.module
+        training = module.training
+        try:
+            yield module.eval()
+        finally:
+            module.train(training)
 
     def parts(self, prefix: str = "") -> dict[str, Stateful]:
         """What a checkpoint must hold of it."""

@@ -98,8 +98,8 @@ class Recorder:
         self._last = (time.monotonic(), step)
         self.display.start(step)
 
-    def close(self) -> None:
-        """Write what is pending, and let go of the files, the tracker and the terminal."""
+    def close(self, failed: bool = False) -> None:
+        """Write what is pending, and let go of the files, the tracker (which shows a failed run as such) and the terminal."""
         self.display.stop()
         try:
             self._flush()
@@ -108,7 +108,7 @@ class Recorder:
         self._file.close()
         with contextlib.suppress(OSError):
             self._timing.close()
-        self.tracker.finish()
+        self.tracker.finish(exit_code=int(failed))
 
 
 def cut(run: Run, length: int) -> None:

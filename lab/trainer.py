@@ -178,8 +178,12 @@ class Trainer:
     # What a task calls
 
     def learner(self, module: nn.Module, config: OptimizerConfig) -> Learner:
-        """Put a module on the device, compile it if asked to, and give it an optimiser."""
-        module.to(self.world.device)
+        """Put a module on the device, compile it if asked to, and give it an optimiser.
+
+        Convolution weights are stored channels-last: on a CPU that halves the time of our convolutional VAE in fp32
+        (benchmarks/trainer.py), and it is the layout of a GPU's matrix units too.
+        """
+        module.to(device=self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         learner = Learner(module, config)
         if self.config.compile:
             _require_compiler(self.world.device)

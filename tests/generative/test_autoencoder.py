@@ -73,7 +73,8 @@ def test_the_gaussian_over_codes_has_their_mean_and_covariance() -> None:
 def test_training_beats_the_mean_image_and_denoising_beats_the_damage() -> None:
     one, trainer = task(steps=3000, latent=16, network=NetworkConfig(hidden=64), corruption="gaussian", strength=0.3)
     trainer.fit()
-    scores = one.test(1000)
+    with one.learner.judged() as model:
+        scores = one.test(model, 1000)
     test, train = one.data.test.images.float() / 255, one.data.train.images.float() / 255
     assert scores["error"] < 0.5 * float(squared_error(test, train.mean(0)).mean())
     assert scores["denoised_error"] < 0.8 * scores["damaged_error"]
@@ -83,10 +84,10 @@ def test_the_average_keeps_the_gaussian_between_previews() -> None:
     one, trainer = task(steps=4)
     trainer.fit()
     one.preview(trainer)
-    fitted = one.learner.judged.mean.clone()
+    fitted = one.learner.ema.module.mean.clone()
     trainer.config = TrainerConfig(steps=8)
     trainer.fit()
-    assert torch.equal(one.learner.judged.mean, fitted)
+    assert torch.equal(one.learner.ema.module.mean, fitted)
     assert bool(fitted.any())
 
 

@@ -186,6 +186,17 @@ def test_the_gradient_is_clipped_to_its_norm() -> None:
     assert moved == pytest.approx(0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_module_is_judged_in_evaluation_mode_and_trained_in_training_mode(average: float) -> None:
+    learner = Learner(nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5)), OptimizerConfig(ema=average))
+    with learner.judged() as judged:
+        assert not judged.training
+        assert not judged[1].training
+        assert (judged is learner.module) == (average == 0)
+    assert learner.module.training
+    assert learner.module[1].training
+
+
 def test_keeping_fewer_than_two_checkpoints_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         TrainerConfig(keep=1)
