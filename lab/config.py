@@ -85,6 +85,8 @@ S = TypeVar("S", bound=Settings)
 
 # Reading one value by its annotation
 
+COMMAND_LINE = "command line"
+
 
 def _kinds(cls: type) -> dict[str, Any]:
     """The annotated type of every field of a dataclass."""
@@ -159,7 +161,7 @@ def read(given: Given, kind: Any) -> Any:
     Raises:
         ValueError: saying what was expected.
     """
-    # `none` before a text that says "none".
+    # None first: on a command line, which has no quotes, the word none means it.
     for option in sorted(_options(_split(kind)[0]), key=lambda option: option is not type(None)):
         try:
             value = _read_one(given, option)
@@ -167,9 +169,9 @@ def read(given: Given, kind: Any) -> Any:
             continue
         if _fits(value, kind):
             return value
-    found = given.text if isinstance(given.text, str) else "[" + ", ".join(given.text) + "]"
+    found = repr(given.text if isinstance(given.text, str) else "[" + ", ".join(given.text) + "]") if given.text else "nothing"
     quotes = " (put it in quotes to mean a text)" if given.bare_word and _split(kind)[0] is str else ""
-    raise ValueError(f"expected {describe(kind)}, found {found!r}{quotes}")
+    raise ValueError(f"expected {describe(kind)}, found {found}{quotes}")
 
 
 def _read_one(given: Given, kind: Any) -> Any:
@@ -185,7 +187,7 @@ def _read_one(given: Given, kind: Any) -> Any:
         raise ValueError
     if get_origin(bare) is Literal:
         return next((choice for choice in get_args(bare) if str(choice) == text), None)
-    return _read_scalar(text, bare, given.bare_word)
+    return _read_scalar(text, bare, given)
 
 
 def _as_list(text: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -195,16 +197,16 @@ def _as_list(text: str | tuple[str, ...]) -> tuple[str, ...]:
     return text
 
 
-def _read_scalar(text: str, kind: Any, bare_word: str) -> Any:
+def _read_scalar(text: str, kind: Any, given: Given) -> Any:
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if kind is int:
         return _integer(text)
     if kind is float:
         return float(text)
-    if kind is type(None) and (bare_word == "null" or text.lower() in ("none", "null")):
+    if kind is type(None) and (given.bare_word == "null" or (given.where == COMMAND_LINE and text.lower() in ("none", "null"))):
         return None
-    if kind is str and not bare_word:
+    if kind is str and not given.bare_word:
         return text
     raise ValueError
 
@@ -277,13 +279,17 @@ def _entries(node: yaml.Node | None, prefix: str, path: Path, problems: list[str
         elif isinstance(value, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in value.value):
             yield key, Given(tuple(item.value for item in value.value), where)
         elif isinstance(value, yaml.ScalarNode):
-            tag = value.tag.rpartition(":")[2]
-            yield key, Given(value.value, where, tag if tag in ("bool", "null") else "")
+            yield key, Given(value.value, where, _bare_word(value))
         else:
             problems.append(f"{where}: '{key}': a list of lists or of sections is not a setting")
 
 
-COMMAND_LINE = "command line"
+def _bare_word(node: yaml.ScalarNode) -> str:
+    """`bool` or `null` for an unquoted word that YAML, or a reader of Python, takes for one; quotes make any word a text."""
+    tag = node.tag.rpartition(":")[2]
+    if node.style is None and node.value.lower() == "none":
+        return "null"
+    return tag if tag in ("bool", "null") else ""
 
 
 @dataclass(frozen=True)
@@ -414,5 +420,7 @@ def _scalar(value: Any) -> str:
     if isinstance(value, float):
         return float.__repr__(value)  # of NumPy's floats too
     # As a list of one, since inside a list commas and brackets need quotes that they do not need elsewhere.
-    style = '"' if isinstance(value, str) and not value.isprintable() else None  # which writes every kind of line break as an escape
+    # Quotes write every kind of line break as an escape, and keep the word none a text.
+    quoted = isinstance(value, str) and (not value.isprintable() or value.lower() == "none")
+    style = '"' if quoted else None
     return yaml.safe_dump([value], default_flow_style=True, default_style=style, width=10**9, allow_unicode=True).rstrip("\n")[1:-1]

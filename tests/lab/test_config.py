@@ -499,3 +499,21 @@ def test_natural_starts_at_zero():
     assert read(Given("0", "here"), Natural) == 0
     with pytest.raises(ValueError, match="an integer >= 0, found '-1'"):
         read(Given("-1", "here"), Natural)
+
+
+def test_none_is_none_where_it_is_bare_and_a_text_where_it_is_quoted(tmp_path):
+    for text, expected in (("none", None), ("null", None), ("~", None), ("'none'", "none"), ('"null"', "null"), ("mine", "mine")):
+        values, _ = read_yaml(written(tmp_path, f"inner:\n  note: {text}\n", "none.yaml"))
+        assert resolve(DEFAULT, values).settings.inner.note == expected
+    assert resolve(DEFAULT, read_arguments(["--inner.note", "none"]).options).settings.inner.note is None
+
+
+@pytest.mark.parametrize("text", ["none", "None", "null", "~", "true", "yes", "1e-4", "", " x ", "a: b", "# c", "[d"])
+def test_texts_that_look_like_something_else_come_back_as_texts(tmp_path, text):
+    value = dataclasses.replace(DEFAULT, text=text, words=(text, "x"), inner=dataclasses.replace(DEFAULT.inner, note=text))
+    assert resolve(DEFAULT, read_yaml(written(tmp_path, dump(value, "outer"), "text.yaml"))[0]).settings == value
+
+
+def test_an_option_without_its_value_is_told_so():
+    with pytest.raises(ConfigError, match=r"'count': expected an integer .*, found nothing"):
+        resolve(DEFAULT, read_arguments(["--count"]).options)
