@@ -1,9 +1,10 @@
 """What the trainer costs, and what it gains, on the same VAE, data and batch in one run.
 
-    python benchmarks/trainer.py                    every network and precision, about 15 minutes on 2 cores
+    python benchmarks/trainer.py                    every network and precision, about 20 minutes on 2 cores
     python benchmarks/trainer.py --rounds 3 --steps 500 --networks mlp
 
-Three loops take turns, round by round, so that a busy machine troubles all of them alike:
+Three loops take turns, round by round and each in a process of its own, so that a busy machine troubles all of them alike
+and none profits from another's settings:
 
     ours          Trainer.fit with its recorder, checkpoints and previews as in configs/generative/vae_mnist.yaml
     bare          the same mathematics (gathering, binarising, clipping, fused AdamW, averaging) with nothing around it
@@ -17,10 +18,11 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,42 +61,53 @@ class Options:
     """Images to train on."""
     out: Path = Path("benchmarks/results/trainer.json")
     """Where the figures go."""
+    only: Literal["", "ours", "bare", "conventional"] = ""
+    """Time one turn of this loop alone and print its seconds per step."""
 
 
 def main() -> None:
     """Time every pairing and print the table."""
     options = tyro.cli(Options, description=__doc__)
-    world = distributed.join("cpu", 0, deterministic=False)
-    images = data.load(DataConfig(name=options.data))
+    if options.only:
+        print(one_turn(options))
+        return
     results = []
     for network in options.networks:
-        steps = options.steps if network == "mlp" else max(1, options.steps // 10)
         for precision in options.precisions:
-            results.append(compare(network, precision, steps, options.rounds, images, world))
+            results.append(compare(network, precision, options))
             console.print(sentence(results[-1]), highlight=False, soft_wrap=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": platform.processor() or platform.machine(), **distributed.environment(), "results": results}
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def compare(network: str, precision: str, steps: int, rounds: int, images: ImageSet, world: distributed.World) -> dict[str, Any]:
+def compare(network: str, precision: str, options: Options) -> dict[str, Any]:
     """Seconds per step of the three loops, a list of rounds each, and their ratios."""
-    experiment = settings(network, precision, steps, images.name)
-    loops: dict[str, Callable[[], float]] = {
-        "ours": lambda: ours(experiment, world),
-        "bare": lambda: bare(experiment, world),
-        "conventional": lambda: conventional(experiment, images),
-    }
-    warm_up = replace(experiment, trainer=replace(experiment.trainer, steps=20))
-    bare(warm_up, world)
-    conventional(warm_up, images)
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(rounds):
-        for name, loop in loops.items():
-            seconds[name].append(loop() / steps)
+    steps = options.steps if network == "mlp" else max(1, options.steps // 10)
+    shared = ["--networks", network, "--precisions", precision, "--steps", str(steps), "--data", options.data]
+    seconds: dict[str, list[float]] = {"ours": [], "bare": [], "conventional": []}
+    for _ in range(options.rounds):
+        for name, turns in seconds.items():
+            done = subprocess.run([sys.executable, __file__, "--only", name, *shared], check=True, capture_output=True, text=True)
+            turns.append(float(done.stdout.split()[-1]))
     overhead = [ours / bare - 1 for ours, bare in zip(seconds["ours"], seconds["bare"])]
     speed_up = [usual / ours for usual, ours in zip(seconds["conventional"], seconds["ours"])]
     return {"network": network, "precision": precision, "steps": steps, "seconds": seconds, "overhead": overhead, "speed_up": speed_up}
+
+
+def one_turn(options: Options) -> float:
+    """Seconds per step of one loop, after a short warm-up."""
+    (network,), (precision,), steps = options.networks, options.precisions, options.steps
+    experiment = settings(network, precision, steps, options.data)
+    warm_up = settings(network, precision, 20, options.data)
+    if options.only == "conventional":
+        images = data.load(DataConfig(name=options.data))
+        conventional(warm_up, images)
+        return conventional(experiment, images) / steps
+    world = distributed.join("cpu", 0, deterministic=False)
+    loop = ours if options.only == "ours" else bare
+    bare(warm_up, world)
+    return loop(experiment, world) / steps
 
 
 def sentence(result: dict[str, Any]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lab.config import UserError
 
@@ -36,11 +37,12 @@ class World:
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes.item())
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over processes of a tensor, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
-            values /= self.size
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
         return values
 
     def share(self, value: T) -> T:
@@ -75,6 +77,7 @@ def join(device: str, threads: int, deterministic: bool) -> World:
     torch.set_num_threads(threads or max(1, cores // local_size))
     # Numbers below 1e-38 take a slow path in the CPU and mean nothing to us.
     torch.set_flush_denormal(True)
+    _keep_freed_memory()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -82,6 +85,19 @@ def join(device: str, threads: int, deterministic: bool) -> World:
         return World(device=where)
     dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
     return World(dist.get_rank(), size, where)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step instead of handing it back to the system.
+
+    By default every activation of some megabytes is given back and comes again as zeroed pages, step after step: a third
+    of the time of our convolutional VAE on a CPU. Other C libraries have no such switch and are left alone.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold, m_mmap_threshold = -1, -3  # from malloc.h
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, 1 << 30)
 
 
 def _device(name: str, local_rank: int, local_size: int) -> torch.device:

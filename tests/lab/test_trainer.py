@@ -20,7 +20,7 @@ from lab.optimizer import OptimizerConfig
 from lab.recorder import Lines, Recorder
 from lab.runs import Run, create
 from lab.tracking import Tracker, TrackingConfig
-from lab.trainer import DONE, Trainer, TrainingStopped
+from lab.trainer import DONE, Trainer, TrainingStopped, Window
 
 DATA = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
 TARGETS = DATA @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3
@@ -242,6 +242,22 @@ def test_dropout_depends_on_seed_and_step_only() -> None:
         draws.append(seen)
     assert all(torch.equal(draws[0][step], draws[1][step]) for step in range(5, 10))
     assert not torch.equal(draws[0][0], draws[0][1])
+
+
+def test_a_metric_is_averaged_over_the_steps_and_processes_that_had_it() -> None:
+    """As when one process's game ended and another's did not."""
+    windows = [Window(), Window()]
+    for window, rows in zip(windows, ([{"loss": 1.0}, {"loss": 2.0, "return": 7.0}], [{"loss": 6.0}, {"loss": 7.0}]), strict=True):
+        for row in rows:
+            window.add(row)
+
+    class Pair(World):
+        def gather(self, value):
+            other = windows[1]
+            return [value, {name: (float(total), other.counts[name]) for name, total in other.sums.items()}]
+
+    assert windows[0].means(Pair()) == {"loss": 4.0, "return": 7.0}
+    assert windows[0].means(World()) == {}
 
 
 # Tasks of other shapes: two optimisers that take turns, and an environment inside a step
