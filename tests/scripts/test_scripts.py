@@ -199,3 +199,35 @@ def test_sync_writes_one_offline_run_with_every_row() -> None:
         assert done.returncode == 0, done.stderr
         assert f"rows sent: {len(Path('vae/metrics.jsonl').read_text().splitlines())}" in done.stdout
     assert len(list(Path("vae/wandb").glob("offline-run-*"))) == 1
+
+
+# The README
+
+
+def commands_of_the_readme() -> list[list[str]]:
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line.partition("#")[0].split() for block in blocks for line in block.splitlines()]
+    return [words[1:] for words in lines if words[:1] == ["python"]]
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in commands_of_the_readme() if "train_" in words[0] and "--resume" not in words], ids=" ".join
+)
+def test_the_readmes_training_commands_are_understood(words: list[str]) -> None:
+    script, *options = [str(ROOT / word) if word.startswith(("scripts/", "configs/")) else word for word in words]
+    assert "experiment:" in call(Path(script).name, *options, "--print-config")
+
+
+@pytest.mark.parametrize("words", [words for words in commands_of_the_readme() if "sample.py" in words[0]], ids=" ".join)
+def test_the_readmes_sampling_commands_draw(words: list[str]) -> None:
+    script, *options = ["vae" if word in ("RUN", "latest") else word for word in words]
+    assert "picture: " in call(Path(script).name, *options)
+
+
+def test_the_readme_names_every_preset_and_every_script() -> None:
+    text = (ROOT / "README.md").read_text()
+    files = [
+        *(ROOT / "configs/generative").glob("*.yaml"),
+        *(path for path in (ROOT / "scripts").glob("*.py") if path.stem not in ("bootstrap", "demo")),
+    ]
+    assert not [path.name for path in files if path.name not in text]
