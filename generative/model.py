@@ -87,22 +87,22 @@ class GeneratorModule(nn.Module, Generator):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageExperiment(Experiment):
+class ImageExperiment(Experiment, ABC):
     """An experiment that trains a generator on a set of images."""
 
     optimizer: OptimizerConfig
     data: DataConfig = DataConfig()
 
+    @abstractmethod
     def network(self, shape: Shape, classes: tuple[str, ...]) -> GeneratorModule:
         """The untrained model."""
-        raise NotImplementedError
 
     def dataset(self) -> ImageSet:
         """The images to train and test on, on the CPU."""
         return data.load(self.data)
 
 
-class ImageTask:
+class ImageTask(ABC):
     """Training of one module on a set of images; a family adds its loss and its test."""
 
     def __init__(self, experiment: Any, trainer: Trainer) -> None:
@@ -113,13 +113,13 @@ class ImageTask:
         self.model = experiment.network(self.data.shape, self.data.classes)
         self.learner = trainer.learner(self.model, experiment.optimizer)
 
+    @abstractmethod
     def loss(self, shard: Shard) -> tuple[Tensor, Metrics]:
         """The mean loss over a shard, and metrics."""
-        raise NotImplementedError
 
+    @abstractmethod
     def test(self, model: Any, images: int) -> dict[str, float]:
         """Scores of the judged model on the first images of the test set."""
-        raise NotImplementedError
 
     def parts(self) -> Mapping[str, Stateful]:
         """The module, its optimiser and its average."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -54,7 +55,7 @@ class TrainerConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment(Settings):
+class Experiment(Settings, ABC):
     """Settings of one kind of experiment, and the task they describe."""
 
     experiment: ClassVar[str]
@@ -72,9 +73,9 @@ class Experiment(Settings):
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"name: expected letters, digits, '.', '_' and '-', since a folder is called so, found {self.name!r}")
 
+    @abstractmethod
     def task(self, trainer: Trainer) -> Task:
         """The task that these settings describe."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

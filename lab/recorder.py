@@ -26,10 +26,10 @@ T = TypeVar("T")
 Row = Mapping[str, float | int | str]
 
 
-def speak(level: int = logging.INFO) -> None:
+def speak() -> None:
     """Send the project's log to the terminal, above any progress bar."""
-    log.handlers[:] = [RichHandler(console=console, show_path=False, show_time=False, show_level=level > logging.INFO)]
-    log.setLevel(level)
+    log.handlers[:] = [RichHandler(console=console, show_path=False, show_time=False)]
+    log.setLevel(logging.INFO)
     log.propagate = False
 
 

@@ -94,6 +94,15 @@ def test_all_mistakes_are_told_at_once_with_their_places() -> None:
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize("preset", sorted((ROOT / "configs/generative").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_trains(preset: Path) -> None:
+    script = "train_autoencoder.py" if preset.stem.startswith(("autoencoder", "denoising")) else "train_vae.py"
+    small = ["--data.name", "digits", "--trainer.steps", "3", "--tracking.mode", "disabled"]
+    call(script, preset, *small, "--run-dir", preset.stem)
+    assert json.loads(Path(preset.stem, "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+    assert preset.stem == re.search(r"^name: (\S+)$", Path(preset.stem, "config.yaml").read_text(), re.M)[1]
+
+
 BAD_INPUT = [
     ("train_vae.py", ["nowhere.yaml"], "nowhere.yaml: cannot read this file"),
     ("train_vae.py", [str(ROOT / "configs/generative/autoencoder_mnist.yaml")], "use scripts/train_autoencoder.py"),
