@@ -127,8 +127,8 @@ class Autoencoder(GeneratorModule):
 
     @torch.no_grad()
     def fit_codes(self, split: Split, limit: int = 10_000) -> None:
-        """Lay the Gaussian over the codes of the first images of a split."""
-        codes = encode_all(self, Split(split.images[:limit], split.labels[:limit])).double()
+        """Lay the Gaussian over the codes of a split, or of `limit` of its images."""
+        codes = encode_all(self, split.spread(limit)).double()
         # A code dimension that never moves would make the covariance singular.
         covariance = torch.cov(codes.T).reshape(self.latent, self.latent) + 1e-6 * torch.eye(self.latent, device=codes.device)
         self.mean.copy_(codes.mean(0))
@@ -143,7 +143,7 @@ class Autoencoder(GeneratorModule):
 @torch.no_grad()
 def measured_errors(model: Autoencoder, split: Split, config: EvaluationConfig, rows: int = 500) -> dict[str, float]:
     """Mean squared error per image and per pixel; for a denoising model also that of damaged images."""
-    images, damage = as_float(split.images[: config.images]), model.config
+    images, damage = as_float(split.spread(config.images).images), model.config
     scores = {"error": _error(model, images, images, rows)}
     scores["error_per_pixel"] = scores["error"] / images[0].numel()
     if damage.corruption != "none":
@@ -177,7 +177,7 @@ class AutoencoderTask(ImageTask):
         return squared_error(images, self.model(damaged)).mean(), {}
 
     def test(self, model: Autoencoder, images: int) -> dict[str, float]:
-        """The error on the first images of the test set."""
+        """The error on some images of the test set."""
         return measured_errors(model, self.data.test, EvaluationConfig(images=images))
 
     def preview(self, trainer: Trainer) -> dict[str, float | int | str]:

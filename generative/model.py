@@ -34,7 +34,7 @@ class EvaluationConfig(Settings):
     """How a generator is judged."""
 
     images: Count = 10_000
-    """Images of the test set, from its start."""
+    """Images of the test set, evenly spaced; all where it has no more."""
     importance_samples: Count = 1000
     """K of the importance-sampled log-likelihood: time grows with it, the gap to the true value shrinks."""
     seed: Natural = 0
@@ -119,7 +119,7 @@ class ImageTask(ABC):
 
     @abstractmethod
     def test(self, model: Any, images: int) -> dict[str, float]:
-        """Scores of the judged model on the first images of the test set."""
+        """Scores of the judged model on some images of the test set."""
 
     def parts(self) -> Mapping[str, Stateful]:
         """The module, its optimiser and its average."""
@@ -159,8 +159,9 @@ def spread_labels(count: int, classes: Sequence[str]) -> Tensor:
 
 def reconstructions(model: Generator, images: ImageSet, count: int = 32) -> Tensor:
     """One picture of test images, each above what the model makes of it."""
-    part = as_float(images.test.images[:count])
-    rebuilt = model.reconstruct(part, images.test.labels[:count])
+    chosen = images.test.spread(count)
+    part = as_float(chosen.images)
+    rebuilt = model.reconstruct(part, chosen.labels)
     rows = zip(part.split(8), rebuilt.split(8))
     return media.grid(torch.cat([row for pair in rows for row in pair]), columns=8)
 
@@ -171,8 +172,7 @@ def reconstructions(model: Generator, images: ImageSet, count: int = 32) -> Tens
 @torch.no_grad()
 def neighbour_accuracy(model: Generator, images: ImageSet, neighbours: int = 5, limit: int = 10_000) -> dict[str, float]:
     """How well the code tells classes apart: accuracy of a k-nearest-neighbour vote among training codes, without training."""
-    train = Split(images.train.images[:limit], images.train.labels[:limit])
-    test = Split(images.test.images[:limit], images.test.labels[:limit])
+    train, test = images.train.spread(limit), images.test.spread(limit)
     codes, queries = encode_all(model, train), encode_all(model, test)
     nearest = torch.cat([torch.cdist(part, codes).topk(min(neighbours, len(codes)), largest=False).indices for part in queries.split(1000)])
     votes = train.labels[nearest].mode(1).values

@@ -212,9 +212,10 @@ class VAE(GeneratorModule):
 
 
 def observed(model: VAE, split: Split, config: EvaluationConfig) -> tuple[Tensor, Tensor]:
-    """The first `config.images` images as the model sees them, (N, C, H, W), and their labels; the same at every call."""
-    images, labels = as_float(split.images[: config.images]), split.labels[: config.images]
-    return model.observe(images, _draw(torch.rand, config.seed, "pixels", 0, images)), labels
+    """`config.images` images as the model sees them, (N, C, H, W), and their labels; the same at every call."""
+    chosen = split.spread(config.images)
+    images = as_float(chosen.images)
+    return model.observe(images, _draw(torch.rand, config.seed, "pixels", 0, images)), chosen.labels
 
 
 @torch.no_grad()
@@ -281,7 +282,7 @@ class VAETask(ImageTask):
         return config.beta * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else config.beta
 
     def test(self, model: VAE, images: int) -> dict[str, float]:
-        """The bound on the first images of the test set."""
+        """The bound on some images of the test set."""
         config = EvaluationConfig(images=images)
         return measured_bound(model, *observed(model, self.data.test, config), config.seed)
 

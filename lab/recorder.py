@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
+from rich.table import Column
 from rich.text import Text
 
 from lab.runs import Run
@@ -147,10 +148,11 @@ def display(title: str, steps: int) -> Display:
 
 
 def brief(row: Row) -> str:
-    """The metrics of a row that fit a line: `loss 93.21  kl 25.3`."""
+    """The metrics of a row that fit a line, the loss first: `loss 93.21  kl 25.3`."""
     shown = {key.partition("/")[2]: value for key, value in row.items() if key.startswith("train/") and isinstance(value, float)}
     shown.pop("gradient_norm", None)
-    return "  ".join(f"{name} {value:.4g}" for name, value in list(shown.items())[:5])
+    names = sorted(shown, key=lambda name: name != "loss")[:5]
+    return "  ".join(f"{name} {shown[name]:.4g}" for name in names)
 
 
 class Speed(ProgressColumn):
@@ -161,14 +163,23 @@ class Speed(ProgressColumn):
         return Text(f"{task.speed:.1f} steps/s" if task.speed else "- steps/s", style="progress.data.speed")
 
 
+class Latest(ProgressColumn):
+    """The latest metrics, as many as there is room for."""
+
+    def render(self, task: Task) -> Text:
+        """One line of them."""
+        return Text(task.fields["metrics"], style="cyan", no_wrap=True, overflow="ellipsis")
+
+
 class Bar:
     """A live bar: part done, steps per second, time left, the latest metrics."""
 
     def __init__(self, title: str, steps: int) -> None:
-        name = TextColumn("{task.description}", style="bold", markup=False)
-        columns = (name, BarColumn(24), MofNCompleteColumn(), Speed(), TimeRemainingColumn(compact=True, elapsed_when_finished=True))
-        metrics = TextColumn("{task.fields[metrics]}", style="cyan", markup=False)
-        self.progress = Progress(*columns, metrics, console=console, speed_estimate_period=10)
+        whole = Column(no_wrap=True)  # on a narrow terminal only the metrics are cut
+        name = TextColumn("{task.description}", style="bold", markup=False, table_column=whole)
+        left = TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=whole)
+        columns = (name, BarColumn(12), MofNCompleteColumn(table_column=whole), Speed(whole), left, Latest())
+        self.progress = Progress(*columns, console=console, speed_estimate_period=10)
         self.task = self.progress.add_task(title, total=steps, metrics="")
         self._drawn = 0.0
 

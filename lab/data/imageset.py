@@ -35,6 +35,13 @@ class Split:
         """The same split on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def spread(self, count: int) -> Split:
+        """`count` of the images, evenly spaced, so that a set sorted by class gives some of each; all where it has no more."""
+        if count >= len(self):
+            return self
+        index = torch.arange(count, device=self.images.device) * len(self) // count
+        return Split(self.images[index], self.labels[index])
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:

@@ -124,3 +124,14 @@ def test_digits_are_the_same_every_time_and_resized_on_request():
     assert first.shape == (1, 28, 28)
     assert torch.equal(first.test.images, second.test.images)
     assert torch.equal(first.train.labels, second.train.labels)
+
+
+def test_a_spread_takes_evenly_spaced_images_so_some_of_every_class():
+    labels = torch.arange(10).repeat_interleave(7)
+    split = Split(torch.arange(70, dtype=torch.uint8).view(70, 1, 1, 1), labels)
+    some = split.spread(20)
+    assert len(some) == 20
+    assert some.labels.bincount(minlength=10).tolist() == [2] * 10
+    assert torch.equal(some.images.flatten().long() // 7, some.labels)
+    assert split.spread(70) is split
+    assert split.spread(1000) is split
