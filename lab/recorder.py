@@ -210,7 +210,7 @@ class Lines:
     def __init__(self, title: str, steps: int, every: float = 10.0) -> None:
         self.title, self.steps, self.every = title, steps, every
         self._said = self._began = time.monotonic()
-        self._first = self._seen = self._step = 0
+        self._first = self._step = 0
         self._latest: dict[str, Any] = {}
 
     def start(self, step: int) -> None:
