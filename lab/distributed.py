@@ -91,7 +91,8 @@ def _keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next step instead of handing it back to the system.
 
     By default every activation of some megabytes is given back and comes again as zeroed pages, step after step, which
-    cost our convolutional VAE a fifth of a step on two cores, and half of it at worst. Other C libraries have no such switch and are left alone.
+    cost our convolutional VAE a fifth of a step on two cores, and half of it at worst. Other C libraries have no
+    such switch and are left alone.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
