@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import tyro
@@ -60,15 +60,15 @@ class Order:
     resolved: Resolved[Experiment]
     resume: Run | None
     folder: Path | None
+    show: bool
 
 
 def _launch(default: Experiment, about: str, argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         show_help(default, about)
         return DONE
-    words = [word for word in argv if word != "--print-config"]
-    order = read_order(default, words)
-    if len(words) < len(argv):
+    order = read_order(default, argv)
+    if order.show:
         print(dump(order.resolved.settings, default.experiment, order.resolved.origins), end="")
         return DONE
     return _train(order)
@@ -83,8 +83,9 @@ def read_order(default: Experiment, argv: Sequence[str]) -> Order:
     Raises:
         ConfigError, UserError: all that is wrong with the settings, or the run that is not there.
     """
-    arguments = read_arguments(argv)
+    arguments = read_arguments(argv, flags=("print_config",))
     options = dict(arguments.options)
+    show = options.pop("print_config", None) is not None
     resume, folder = (_path(options.pop(name, None), name) for name in ("resume", "run_dir"))
     run = _resumed(resume, default.experiment) if resume else None
     configs = [*map(Path, arguments.positional), *([run.config] if run else [])]
@@ -94,7 +95,7 @@ def read_order(default: Experiment, argv: Sequence[str]) -> Order:
     problems: list[str] = []
     for path in configs:
         given, problems = _read_config(path, default.experiment)
-    return Order(resolve(default, given | options, problems), run, Path(folder) if folder else None)
+    return Order(resolve(default, given | options, problems), run, Path(folder) if folder else None, show)
 
 
 def _resumed(name: str, experiment: str) -> Run:
@@ -174,10 +175,7 @@ def _train_main(order: Order, experiment: Experiment, world: World) -> int:
             runs.write_config(run, config)
             log.info("resuming %s at step %d of %d", run.folder, trainer.step, experiment.trainer.steps)
         runs.note_start(run, distributed.environment())
-        tracker = Tracker.start(
-            experiment.tracking, run.folder, identity=run.identity, name=run.folder.name, group=experiment.name,
-            settings=leaves(experiment) | {"experiment": experiment.experiment}, axes=experiment.axes,
-        )  # fmt: skip
+        tracker = Tracker.start(experiment.tracking, run.folder, **tracked(experiment, run))
         recorder = Recorder(run, tracker, display(experiment.name, experiment.trainer.steps))
         stack.push(lambda kind, error, trace: recorder.close(failed=kind is not None))
         recorder.start(trainer.step)
@@ -189,6 +187,12 @@ def _train_main(order: Order, experiment: Experiment, world: World) -> int:
         console.print(f"stopped at step {trainer.step}; go on with --resume {run.folder}", highlight=False, soft_wrap=True)
     print(f"run: {run.folder}")
     return status
+
+
+def tracked(experiment: Experiment, run: Run) -> dict[str, Any]:
+    """How a run is known to W&B: its identity, names, settings and axes, as `Tracker.start` and `replay` take them."""
+    settings = leaves(experiment) | {"experiment": experiment.experiment}
+    return {"identity": run.identity, "name": run.folder.name, "group": experiment.name, "settings": settings, "axes": experiment.axes}
 
 
 def _draw(run: Run, title: str) -> None:

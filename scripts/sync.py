@@ -18,8 +18,7 @@ import tyro
 
 from generative import model as families
 from lab import runs
-from lab.config import leaves
-from lab.launch import guarded
+from lab.launch import guarded, tracked
 from lab.tracking import replay
 
 
@@ -45,11 +44,7 @@ def main() -> int:
     named = {name: value for name in ("project", "entity") if (value := getattr(options, name))}
     tracking = dataclasses.replace(experiment.tracking, mode=options.mode, **named)
     with runs.owned(run):
-        sent = replay(
-            run.folder, tracking, identity=run.identity, name=run.folder.name,
-            group=experiment.name, settings=leaves(experiment) | {"experiment": experiment.experiment}, axes=experiment.axes,
-            summary=run.last_values(),
-        )  # fmt: skip
+        sent = replay(run.folder, tracking, summary=run.last_values(), **tracked(experiment, run))
     print(f"rows sent: {sent.rows}")
     print(f"w&b run: {sent.where}")
     return 0

@@ -10,14 +10,7 @@ from torch import nn
 from lab.checkpoint import pack, unpack
 from lab.ema import EMA
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many tiny operations go faster without a pool of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network() -> nn.Module:
