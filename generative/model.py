@@ -5,20 +5,18 @@ Every family is one file with an `EXPERIMENT` (its default settings), whose `net
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from generative.networks import Shape
-from lab import checkpoint, data, media, runs, seeding
-from lab.checkpoint import Checkpoint, DamagedCheckpoint, Stateful
-from lab.config import Count, Natural, Settings, UserError, read_yaml, resolve
+from lab import data, loading, media, runs, seeding
+from lab.checkpoint import Stateful
+from lab.config import Count, Natural, Settings
 from lab.data import AugmentConfig, DataConfig, ImageSet, Split, as_float
 from lab.data.augment import augment
 from lab.experiment import Every, Experiment
@@ -208,25 +206,9 @@ def load(name: str, device: str | torch.device = "cpu") -> Loaded:
         UserError: no such run, or none of its checkpoints is whole.
     """
     found = runs.find(name, FAMILIES)
-    experiment = settings_of(found.run)
-    saved = _read(found.run, found.checkpoint)
+    experiment: ImageExperiment = loading.settings_of(found.run, FAMILIES)
+    saved = loading.saved(found)
     facts = saved.notes["facts"]
     model = experiment.network(tuple(facts["shape"]), tuple(facts["classes"]))
     model.load_state_dict(saved.parts["ema"]["module"] if "ema" in saved.parts else saved.parts["model"])
     return Loaded(model.to(device).eval().requires_grad_(False), experiment, found.run, saved.step)
-
-
-def settings_of(run: runs.Run) -> ImageExperiment:
-    """The settings that a run was made with."""
-    default: ImageExperiment = importlib.import_module(FAMILIES[run.experiment]).EXPERIMENT
-    return resolve(default, read_yaml(run.config)[0]).settings
-
-
-def _read(run: runs.Run, folder: Path | None) -> Checkpoint:
-    try:
-        saved = checkpoint.load(folder) if folder else checkpoint.load_newest(run.checkpoints)
-    except DamagedCheckpoint as damage:
-        raise UserError(f"{damage}; name the run's folder to take its newest whole checkpoint") from None
-    if saved is None:
-        raise UserError(f"{run.folder} has no whole checkpoint yet; train it with --resume {run.folder}")
-    return saved

@@ -3,6 +3,7 @@
     checkpoints/step_000001000/
         model.safetensors  model.json      tensors of a part, and the rest of its state with a mark where each tensor goes
         manifest.json                      step, notes of the trainer, SHA-256 of every file and of the manifest itself
+    checkpoints/segments/replay_000000000000_000000002048.safetensors      rows of a part that grows, shared by all checkpoints that hold them
 
 A save writes into a temporary folder beside the others, flushes it to the disk, renames it, and only then deletes old
 ones, so a kill or a full disk at any moment leaves the previous checkpoint whole. Nothing here is a pickle: loading runs
@@ -16,10 +17,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +40,42 @@ class Stateful(Protocol):
         """Put back what `state_dict` gave."""
 
 
+@runtime_checkable
+class Growing(Stateful, Protocol):
+    """A part with too many rows to be written again at every save, such as a replay memory: only new rows are written.
+
+    Rows have the numbers 0, 1, 2, ... and never change. What `state_dict` gives beside them is small.
+    """
+
+    @property
+    def written(self) -> int:
+        """How many rows there have ever been."""
+
+    @property
+    def oldest(self) -> int:
+        """The oldest row that is still needed."""
+
+    def read(self, first: int, last: int) -> dict[str, Tensor]:
+        """The rows `first .. last`, on the CPU."""
+
+    def write(self, first: int, rows: Mapping[str, Tensor]) -> None:
+        """Put rows back, before `load_state_dict` puts back the rest."""
+
+
+SEGMENT = 1 << 26
+"""Bytes of a segment file at most, unless a single row has more: what putting back takes of memory at a time."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A file with the rows `first .. last` of a growing part, and the SHA-256 it must have."""
+
+    file: str
+    first: int
+    last: int
+    sha256: str
+
+
 class DamagedCheckpoint(Exception):
     """A checkpoint that is not what was saved: says which file, and what is wrong with it."""
 
@@ -50,6 +87,8 @@ class Checkpoint:
     step: int
     notes: dict[str, Any]
     parts: dict[str, Any]
+    segments: Mapping[str, Sequence[tuple[int, Path]]] = field(default_factory=dict)
+    """Of growing parts: first row and file of each segment."""
 
 
 # State <-> tensors and JSON
@@ -100,7 +139,8 @@ def save(root: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[st
     for leftover in root.glob(".step_*"):  # of a process that was killed inside a save
         shutil.rmtree(leftover)
     try:
-        _write(temporary, step, parts, notes)
+        segments = {name: _grow(root, step, name, part) for name, part in parts.items() if isinstance(part, Growing)}
+        _write(temporary, step, parts, notes, segments)
         if final.exists():  # a damaged one, passed over when the run was resumed
             shutil.rmtree(final)
         os.rename(temporary, final)
@@ -112,20 +152,83 @@ def save(root: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[st
     kept = [folder for folder in folders(root) if folder.name <= final.name][:keep]
     for folder in set(folders(root)) - set(kept):
         shutil.rmtree(folder)
+    _drop_segments(root, kept)
     return final
 
 
-def _write(folder: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[str, Any]) -> None:
+def _grow(root: Path, step: int, name: str, part: Growing) -> list[Segment]:
+    """Write the rows that no earlier checkpoint holds; returns all segments that this one needs."""
+    folder = root / "segments"
+    folder.mkdir(exist_ok=True)
+    known = [segment for segment in _known(root, step, name) if segment.last > part.oldest]
+    first = max(part.oldest, known[-1].last if known else 0)
+    while first < part.written:
+        row = sum(tensor.nbytes for tensor in part.read(first, first + 1).values())
+        last = min(part.written, first + max(1, SEGMENT // row))
+        known.append(_write_segment(folder, f"{name}_{first:012d}_{last:012d}.safetensors", first, last, part.read(first, last)))
+        first = last
+    _flush(folder)
+    return known
+
+
+def _known(root: Path, step: int, name: str) -> list[Segment]:
+    """The segments of the checkpoint before `step`; none, so that all is written again, where its list is damaged."""
+    before = [folder for folder in folders(root) if folder.name < f"step_{step:09d}"]
+    try:
+        return _segments(_manifest(before[0]), name) if before else []
+    except DamagedCheckpoint:
+        return []
+
+
+def _write_segment(folder: Path, file: str, first: int, last: int, rows: dict[str, Tensor]) -> Segment:
+    temporary = folder / f".{file}"
+    _save_tensors(rows, temporary)
+    _flush(temporary)
+    os.replace(temporary, folder / file)  # of a process that was killed before its checkpoint was whole
+    return Segment(file, first, last, _digest(folder / file))
+
+
+def _segments(manifest: Mapping[str, Any], name: str) -> list[Segment]:
+    return [Segment(**entry) for entry in manifest["segments"].get(name, [])]
+
+
+def _drop_segments(root: Path, kept: Sequence[Path]) -> None:
+    """Delete segments that no checkpoint needs any more."""
+    try:
+        needed = {entry["file"] for folder in kept for part in _manifest(folder)["segments"].values() for entry in part}
+    except DamagedCheckpoint:
+        return  # which may need any of them
+    for path in (root / "segments").glob("*"):
+        if path.name not in needed:
+            path.unlink()
+
+
+def drop_after(root: Path, step: int) -> None:
+    """Delete the checkpoints after `step`, which were damaged, or a resumed run would build upon their rows."""
+    for folder in folders(root):
+        if folder.name > f"step_{step:09d}":
+            shutil.rmtree(folder)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # its name for every failed write
+        raise OSError(f"{path.name}: {error}") from error
+
+
+def _write(
+    folder: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[str, Any], segments: Mapping[str, Sequence[Segment]]
+) -> None:
     folder.mkdir()
     for name, part in parts.items():
         tensors: dict[str, Tensor] = {}
         tree = pack(part.state_dict(), tensors)
-        try:
-            save_file(tensors, folder / f"{name}.safetensors")
-        except SafetensorError as error:  # its name for every failed write
-            raise OSError(f"{name}.safetensors: {error}") from error
+        _save_tensors(tensors, folder / f"{name}.safetensors")
         (folder / f"{name}.json").write_text(json.dumps(tree))
-    manifest = {"step": step, "notes": dict(notes), "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())}}
+    digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    grown = {name: [vars(segment) for segment in part] for name, part in segments.items()}
+    manifest = {"step": step, "notes": dict(notes), "sha256": digests, "segments": grown}
     (folder / "manifest.json").write_text(json.dumps({"manifest": manifest, "sha256": _digest_json(manifest)}))
     for path in (*folder.iterdir(), folder):
         _flush(path)
@@ -157,16 +260,21 @@ def folders(root: Path) -> list[Path]:
     return sorted((path for path in root.glob("step_*") if path.is_dir()), reverse=True)
 
 
-def load(folder: Path, only: str | None = None) -> Checkpoint:
-    """Verify a checkpoint and read its parts (or `only` one of them), tensors on the CPU.
+def load(folder: Path, only: Collection[str] = ()) -> Checkpoint:
+    """Verify a checkpoint and read its parts, tensors on the CPU; where some are named, those `only`, without any segments.
 
     Raises:
         DamagedCheckpoint: a file is missing, left over, or not the bytes that were saved.
     """
-    manifest = verify(folder)
+    manifest = verify(folder, segments=not only)
     names = sorted({Path(name).stem for name in manifest["sha256"]})
-    parts = {name: _read_part(folder, name) for name in names if only in (None, name)}
-    return Checkpoint(manifest["step"], manifest["notes"], parts)
+    parts = {name: _read_part(folder, name) for name in names if not only or name in only}
+    grown = {name: [(segment.first, _place(folder, segment)) for segment in _segments(manifest, name)] for name in manifest["segments"]}
+    return Checkpoint(manifest["step"], manifest["notes"], parts, {} if only else grown)
+
+
+def _place(folder: Path, segment: Segment) -> Path:
+    return folder.parent / "segments" / segment.file
 
 
 def _read_part(folder: Path, name: str) -> Any:
@@ -176,27 +284,34 @@ def _read_part(folder: Path, name: str) -> Any:
     return unpack(tree, tensors)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after checking every byte against it.
+def verify(folder: Path, segments: bool = True) -> dict[str, Any]:
+    """The manifest of a checkpoint, after checking every byte against it (with `segments`, theirs too).
 
     Raises:
         DamagedCheckpoint: as in `load`.
     """
-    manifest = _manifest(folder / "manifest.json")
+    manifest = _manifest(folder)
     expected, found = set(manifest["sha256"]) | {"manifest.json"}, {path.name for path in folder.iterdir()}
     for name in sorted(expected ^ found):
         raise DamagedCheckpoint(f"{folder / name} is {'missing' if name in expected else 'not part of the checkpoint'}")
     for name, digest in manifest["sha256"].items():
-        try:
-            found_digest = _digest(folder / name)
-        except OSError as error:
-            raise DamagedCheckpoint(f"{folder / name} cannot be read ({error.strerror})") from None
-        if found_digest != digest:
-            raise DamagedCheckpoint(f"{folder / name} is not what was saved (its SHA-256 differs from the manifest's)")
+        _check(folder / name, digest)
+    for segment in (segment for name in manifest["segments"] for segment in _segments(manifest, name) if segments):
+        _check(_place(folder, segment), segment.sha256)
     return manifest
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _check(path: Path, digest: str) -> None:
+    try:
+        found = _digest(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
+    if found != digest:
+        raise DamagedCheckpoint(f"{path} is not what was saved (its SHA-256 differs from the manifest's)")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
     try:
         content = json.loads(path.read_bytes())
         manifest, digest = content["manifest"], content["sha256"]
@@ -204,10 +319,10 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} cannot be read ({type(error).__name__})") from None
     if _digest_json(manifest) != digest:
         raise DamagedCheckpoint(f"{path} is not what was saved (its own SHA-256 differs)")
-    return dict(manifest)
+    return {"segments": {}, **manifest}  # which runs from before version 0.2 have none of
 
 
-def load_newest(root: Path, only: str | None = None) -> Checkpoint | None:
+def load_newest(root: Path, only: Collection[str] = ()) -> Checkpoint | None:
     """The newest whole checkpoint below a folder, or None; every damaged one that is passed over is warned of."""
     for folder in folders(root):
         try:
@@ -220,7 +335,9 @@ def load_newest(root: Path, only: str | None = None) -> Checkpoint | None:
 # Putting back
 
 
-def restore(parts: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
+def restore(
+    parts: Mapping[str, Stateful], states: Mapping[str, Any], segments: Mapping[str, Sequence[tuple[int, Path]]] | None = None
+) -> None:
     """Put every part back as it was saved.
 
     Raises:
@@ -230,6 +347,8 @@ def restore(parts: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
         raise ValueError(f"the checkpoint holds {', '.join(sorted(states))}; this experiment has {', '.join(sorted(parts))}")
     for name, part in parts.items():
         try:
+            for first, path in (segments or {}).get(name, []):
+                cast(Growing, part).write(first, load_file(path))
             if isinstance(part, torch.optim.Optimizer):
                 _restore_optimizer(part, states[name])
             else:

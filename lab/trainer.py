@@ -103,9 +103,11 @@ class Trainer:
         if found is None:
             return 0
         try:
-            checkpoint.restore(self._parts(), found.parts)
+            checkpoint.restore(self._parts(), found.parts, found.segments)
         except ValueError as error:
             raise UserError(f"cannot resume: {error}") from None
+        if run:
+            checkpoint.drop_after(run.checkpoints, self.step)
         return int(found.notes["metrics_bytes"])
 
     def fit(self, run: Run | None = None, recorder: Recorder | None = None) -> int:

@@ -16,10 +16,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from generative import model as families
-from lab import runs
+from generative import model as generative
+from lab import loading, runs
 from lab.launch import guarded, tracked
 from lab.tracking import replay
+from rl import agent as rl
+
+FAMILIES = generative.FAMILIES | rl.FAMILIES
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Options:
 def main() -> int:
     """Send the run that the command line names."""
     options = tyro.cli(Options, description=__doc__)
-    run = runs.find(options.run, families.FAMILIES).run
-    experiment = families.settings_of(run)
+    run = runs.find(options.run, FAMILIES).run
+    experiment = loading.settings_of(run, FAMILIES)
     named = {name: value for name in ("project", "entity") if (value := getattr(options, name))}
     tracking = dataclasses.replace(experiment.tracking, mode=options.mode, **named)
     with runs.owned(run):

@@ -146,7 +146,7 @@ def test_step_notes_and_parts_come_back(tmp_path):
     found = load_newest(tmp_path / "new" / "checkpoints")
     assert (found.step, found.notes) == (7, notes)
     assert same(found.parts, {name: part.state for name, part in parts(3.0).items()})
-    only = load_newest(tmp_path / "new" / "checkpoints", only="model")
+    only = load_newest(tmp_path / "new" / "checkpoints", only=["model"])
     assert list(only.parts) == ["model"]
 
 
