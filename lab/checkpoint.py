@@ -3,7 +3,7 @@
     checkpoints/step_000001000/
         model.safetensors  model.json      tensors of a part, and the rest of its state with a mark where each tensor goes
         manifest.json                      step, notes of the trainer, SHA-256 of every file and of the manifest itself
-    checkpoints/segments/replay_000000000000_000000002048.safetensors      rows of a part that grows, shared by all checkpoints that hold them
+    checkpoints/segments/replay_000000000000_000000002048.safetensors      rows of a part that grows; checkpoints share them
 
 A save writes into a temporary folder beside the others, flushes it to the disk, renames it, and only then deletes old
 ones, so a kill or a full disk at any moment leaves the previous checkpoint whole. Nothing here is a pickle: loading runs

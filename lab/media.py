@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
+import re
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from lab.config import UserError
+
+BT709 = "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p,setparams=color_primaries=bt709:color_trc=bt709"
+"""Colours in the one layout that every browser plays, with tags that leave players nothing to guess."""
+H264 = f"-vf {BT709} -c:v libx264 -crf 18 -movflags +faststart"
+"""Hardly to be told from the original; a player can begin before it has the whole file."""
+LOSSLESS = "-c:v libx264rgb -qp 0 -preset ultrafast"
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -88,3 +103,123 @@ def _fit(axes: Any, values: Sequence[float]) -> None:
         room = 0.08 * (high - low) or 1.0
         bottom, top = axes.get_ylim() if axes.get_autoscaley_on() is False else (low, high)
         axes.set_ylim(min(bottom, low - room), max(top, high + room))
+
+
+class Film:
+    """Writes pictures as they come to an .mp4 (H.264) or an endless .gif; memory does not grow with the length.
+
+        with Film(Path("game.mp4"), rate=30) as film:
+            film.add(picture)
+
+    Everything is made in a hidden folder beside the target and moved there at the close: under the real name there is a
+    whole film or none. H.264 shares a colour among 2 x 2 pixels, so an odd height or width gets its last row or column
+    twice. A GIF has 255 colours for the whole film, exact if there are no more; which ones is known only at the end, and
+    until then the pictures wait on the disk.
+
+    Args:
+        path: where to, .mp4 or .gif; folders above it are made, a file that is there is replaced.
+        rate: pictures per second; of a GIF at most 50, since viewers take a faster one for 10.
+
+    Raises:
+        UserError: another suffix.
+    """
+
+    def __init__(self, path: Path, rate: float) -> None:
+        self._gif = path.suffix.lower() == ".gif"
+        if not self._gif and path.suffix.lower() != ".mp4":
+            raise UserError(f"{path}: a film cannot be written as {path.suffix or 'a file without a suffix'}; use .mp4 or .gif")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.rate = path, min(rate, 50) if self._gif else rate
+        self._folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+        self._shape: tuple[int, ...] = ()
+        self._ffmpeg: subprocess.Popen[bytes] | None = None
+        self._closed = False
+
+    def add(self, picture: NDArray[np.uint8]) -> None:
+        """Append a picture, uint8 (H, W, 3), as large as the first one.
+
+        Raises:
+            ValueError: it is no such picture, or the film is closed.
+            UserError: ffmpeg failed.
+        """
+        if self._closed:
+            raise ValueError(f"{self.path}: the film is closed")
+        self._shape = self._shape or (*picture.shape[:2], 3)
+        if picture.dtype != np.uint8 or picture.shape != self._shape:
+            raise ValueError(f"{self.path}: expected a picture of uint8 {self._shape}, found {picture.dtype} {picture.shape}")
+        odd_rows, odd_columns = (0, 0) if self._gif else (picture.shape[0] % 2, picture.shape[1] % 2)
+        self._write(np.pad(picture, [(0, odd_rows), (0, odd_columns), (0, 0)], mode="edge"))
+
+    def close(self) -> None:
+        """Finish the film and give it its name; without a picture there is none. Closing twice does no harm.
+
+        Raises:
+            UserError: ffmpeg failed.
+        """
+        try:
+            if self._ffmpeg and not self._closed:
+                self._finish()
+                os.replace(Path(self._folder.name, self._animate() if self._gif else "film.mp4"), self.path)
+        finally:
+            self._discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+        if error:
+            self._discard()
+        else:
+            self.close()
+
+    def _write(self, picture: NDArray[np.uint8]) -> None:
+        if self._ffmpeg is None:
+            source = f"-f rawvideo -pix_fmt rgb24 -s {picture.shape[1]}x{picture.shape[0]} -framerate {self.rate} -i pipe:"
+            self._ffmpeg = self._start(f"{source} {LOSSLESS if self._gif else H264} film.mp4")
+        assert self._ffmpeg.stdin
+        try:
+            self._ffmpeg.stdin.write(np.ascontiguousarray(picture).data)
+        except BrokenPipeError:
+            self._finish()
+            raise
+
+    def _animate(self) -> str:
+        """Make the GIF of the waiting pictures: first its colours, then itself."""
+        self._ffmpeg = self._start("-i film.mp4 -vf palettegen -frames:v 1 -update 1 colours.png")
+        self._finish()
+        paint = "paletteuse=dither=none"
+        self._ffmpeg = self._start(f"-i film.mp4 -i colours.png -lavfi {paint} -fps_mode passthrough -loop 0 film.gif")
+        self._finish()
+        return "film.gif"
+
+    def _start(self, arguments: str) -> subprocess.Popen[bytes]:
+        """Start ffmpeg inside the hidden folder; in a session of its own, so that Ctrl-C comes to us alone."""
+        import imageio_ffmpeg
+
+        place = self._folder.name  # whose files are named from inside: ffmpeg reads more than a name into a path with : or %
+        with Path(place, "log").open("wb") as log:
+            try:
+                command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *arguments.split()]
+                return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, cwd=place, start_new_session=True)
+            except (RuntimeError, OSError) as error:
+                raise UserError(f"{self.path}: cannot start ffmpeg ({error}); set IMAGEIO_FFMPEG_EXE to one that works") from None
+
+    def _finish(self) -> None:
+        """Let ffmpeg come to the end of what it was given."""
+        assert self._ffmpeg
+        assert self._ffmpeg.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._ffmpeg.stdin.close()
+        if code := self._ffmpeg.wait():
+            first, *_ = Path(self._folder.name, "log").read_text(errors="replace").splitlines() or [f"exit code {code}"]
+            cause = re.sub(r"^(\[[^]]*\] )+", "", first).strip()  # the later lines only say that for this reason nothing else worked
+            raise UserError(f"{self.path}: ffmpeg could not write the film ({cause})") from None
+
+    def _discard(self) -> None:
+        """Stop what still runs and remove what is not the film."""
+        if self._ffmpeg and self._ffmpeg.poll() is None:
+            self._ffmpeg.kill()
+            with contextlib.suppress(UserError):
+                self._finish()
+        self._folder.cleanup()
+        self._closed = True

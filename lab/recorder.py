@@ -18,7 +18,7 @@ from rich.table import Column
 from rich.text import Text
 
 from lab.runs import Run
-from lab.tracking import Tracker
+from lab.tracking import SPEED, Tracker
 
 log = logging.getLogger("dreamplay")
 console = Console()
@@ -53,12 +53,12 @@ class Recorder:
         """Record the metrics of a step, under `step` and their names."""
         whole = {"step": step, **row}
         self._pending += json.dumps(whole).encode() + b"\n"
-        self._time(step)
+        speed = self._time(step)
         try:
             self._flush()
         except OSError as error:
             log.warning("metrics.jsonl cannot be written (%s); the rows are kept in memory until it can", error.strerror)
-        self.tracker.log(whole)
+        self.tracker.log({**whole, SPEED: speed})
         self.display.show(step, whole)
 
     def sync(self) -> int:
@@ -84,15 +84,18 @@ class Recorder:
         self._written += len(self._pending)
         self._pending = b""
 
-    def _time(self, step: int) -> None:
+    def _time(self, step: int) -> float:
+        """Note when the row was written; returns the steps per second since the last one."""
         now, (before, last) = time.monotonic(), self._last
         self._last = (now, step)
-        entry = {"step": step, "time": round(time.time(), 3), "steps_per_second": round((step - last) / max(now - before, 1e-9), 3)}
+        speed = round((step - last) / max(now - before, 1e-9), 3)
+        entry = {"step": step, "time": round(time.time(), 3), "steps_per_second": speed}
         try:
             self._timing.write(json.dumps(entry) + "\n")
             self._timing.flush()
         except OSError:
             pass  # a full disk is reported by the metrics; a lost timing loses nothing else
+        return speed
 
     def start(self, step: int) -> None:
         """Begin to count time at `step`."""

@@ -39,6 +39,9 @@ Mode = Literal["online", "offline", "disabled"]
 MEDIA_PREFIX = "media/"
 """Keys of `metrics.jsonl` that start so hold the path of a file, relative to the run folder."""
 
+SPEED = "speed/steps_per_second"
+"""The one thing that W&B is sent beside the rows of `metrics.jsonl`; it stands in `timing.jsonl`, as it differs from run to run."""
+
 _logger = logging.getLogger("dreamplay")
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".gif")
@@ -373,11 +376,22 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
 
 def _send_rows(run: wandb.Run, folder: Path) -> int:
     """Send what W&B lacks of the log; returns how many rows the log has."""
-    count = 0
+    count, speeds = 0, _speeds(folder / "timing.jsonl")
     for row in _rows(folder / "metrics.jsonl"):
-        _send(run, folder, count, row)
+        speed = speeds.get(row["step"]) if "step" in row else None
+        _send(run, folder, count, row if speed is None else {**row, SPEED: speed})
         count += 1
     return count
+
+
+def _speeds(log: Path) -> dict[int, float]:
+    """Steps per second before each step; of a damaged line nothing, since it is no part of what the run found out."""
+    speeds = {}
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            speeds[entry["step"]] = entry["steps_per_second"]
+    return speeds
 
 
 def _send(run: wandb.Run, folder: Path, index: int, row: Mapping[str, Any]) -> None:

@@ -1,38 +1,47 @@
-"""Judge a trained generative model on its test set.
+"""Judge a trained model on its test set, or a trained agent by whole games.
 
     python scripts/evaluate.py latest
     python scripts/evaluate.py RUN --importance-samples 1000 --json
+    python scripts/evaluate.py RUN --games 100 --policy greedy
+    python scripts/evaluate.py RUN RUN RUN                       the seeds of one setting together
 
-For a VAE: the bound and the importance-sampled log-likelihood in nats per image, with the protocol spelt out. For an
-autoencoder: the squared error. The scores also go to evaluation.json in the run folder. RUN is a run folder, a
-checkpoint folder or `latest`.
+For a VAE: the bound and the importance-sampled log-likelihood in nats per image. For an autoencoder: the squared error.
+For an agent: mean, median and inter-quartile mean of the real score, with a 95 % interval, beside those of people and of
+random play; several runs are taken together, run by run and then game by game. The protocol is spelt out each time. The
+scores of each run also go to evaluation.json in its folder. RUN is a run folder, a checkpoint folder or `latest`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from rich.table import Table
 
-from generative import model as families
+from generative import model as generative
 from generative.model import EvaluationConfig
+from lab import runs
 from lab.config import UserError
 from lab.launch import guarded
-from lab.recorder import console
+from lab.recorder import console, speak
+from rl import agent as rl
+from rl import evaluate as play
+from rl.evaluate import PlayConfig
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which run to judge, and how."""
+    """Which runs to judge, and how."""
 
-    run: Annotated[str, tyro.conf.Positional]
-    """Run folder, checkpoint folder, or `latest`."""
-    how: tyro.conf.OmitArgPrefixes[EvaluationConfig] = EvaluationConfig()
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run folder, checkpoint folder, or `latest`; several only of agents that play the same game."""
+    images: tyro.conf.OmitArgPrefixes[EvaluationConfig] = EvaluationConfig()
+    agents: tyro.conf.OmitArgPrefixes[PlayConfig] = PlayConfig()
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object and nothing else."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -40,14 +49,13 @@ class Options:
 
 
 def main() -> int:
-    """Judge the run that the command line names."""
+    """Judge the runs that the command line names."""
     options = tyro.cli(Options, description=__doc__)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; use cpu")
-    loaded = families.load(options.run, options.device)
-    scores = loaded.model.evaluate(loaded.experiment.dataset().to(options.device), options.how)
-    result = {"run": str(loaded.run.folder), "experiment": loaded.experiment.experiment, "step": loaded.step, **scores}
-    (loaded.run.folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    if not options.json:
+        speak()
+    result = judge(options)
     if options.json:
         print(json.dumps(result))
     else:
@@ -55,13 +63,57 @@ def main() -> int:
     return 0
 
 
-def show(result: dict[str, float | int | str]) -> None:
+def judge(options: Options) -> dict[str, Any]:
+    """The scores of the runs together; those of each run are also written to its folder."""
+    if not options.runs:
+        raise UserError("give a run to judge: its folder, a checkpoint folder of it, or `latest`")
+    found = [runs.find(name, generative.FAMILIES | rl.FAMILIES) for name in options.runs]
+    if all(each.run.experiment in rl.FAMILIES for each in found):
+        return judge_agents(options)
+    if len(found) > 1:
+        raise UserError("several runs can be judged together only if all are agents; name one run")
+    loaded = generative.load(options.runs[0], options.device)
+    scores = loaded.model.evaluate(loaded.experiment.dataset().to(options.device), options.images)
+    return written(loaded.run, {"experiment": loaded.experiment.experiment, "step": loaded.step, **scores})
+
+
+def judge_agents(options: Options) -> dict[str, Any]:
+    """Every agent by itself, then all together."""
+    loaded = [rl.load(name, options.device) for name in options.runs]
+    games = play.judge(loaded, options.agents, options.images.seed)
+    each = [
+        written(
+            one.run,
+            {
+                "experiment": one.experiment.experiment,
+                "step": one.step,
+                **play.report([one], [scores], options.agents, options.images.seed),
+            },
+        )
+        for one, scores in zip(loaded, games)
+    ]
+    if len(loaded) == 1:
+        return each[0]
+    names = ", ".join(str(one.run.folder) for one in loaded)
+    return {"run": names, "experiment": each[0]["experiment"], "step": max(one.step for one in loaded)} | play.report(
+        loaded, games, options.agents, options.images.seed
+    )
+
+
+def written(run: runs.Run, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of a run with its name, after they were written to its folder."""
+    result = {"run": str(run.folder), **scores}
+    (run.folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def show(result: Mapping[str, Any]) -> None:
     """Print scores as a table."""
     table = Table(title=f"{result['run']}, step {result['step']}", caption=str(result["protocol"]))
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in result.items():
-        if name not in ("run", "experiment", "step", "protocol"):
+        if name not in ("run", "experiment", "step", "protocol", "scores") and value is not None:
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
 

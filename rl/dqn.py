@@ -1,0 +1,349 @@
+"""Deep Q-networks (Mnih et al. 2015), and what grew from them.
+
+    Q(s, a)     the return that an agent can expect who takes action a in state s and the best ones after it
+    target      y = r_1 + g r_2 + ... + g^(m-1) r_m + g^m Q'(s_m, a*)          nothing after r_m where the game has ended
+    loss        huber(y - Q(s, a)), the mean over a batch drawn from a memory of what was played
+
+Q' is the target network, a copy that lags behind; a* is its own best action, or for double Q-learning (van Hasselt et al.
+2016) the one that Q thinks best. Further settings: dueling streams (Wang et al. 2016), m > 1 steps (Sutton 1988), drawing
+by surprise (Schaul et al. 2016), a ladder of exploration rates (Horgan et al. 2018).
+
+A step of the trainer is a round: `train_every` actions, shared by the games side by side, then one update. Truncation is
+not an end: the value of the last frame stands for what would have come. A lost life may count as an end for the learner;
+the game goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from envs import games
+from envs.games import Games, Step
+from lab import backbones, seeding
+from lab.backbones import Backbone
+from lab.checkpoint import Checkpoint, Stateful
+from lab.config import Count, Fraction, NonNegative, Settings, UserError
+from lab.experiment import Every, TrainerConfig
+from lab.learner import Metrics, Shard
+from lab.optimizer import OptimizerConfig
+from lab.trainer import Trainer
+from rl.agent import Agent, AgentExperiment, Policy, choose
+from rl.evaluate import TestConfig, Tester
+from rl.replay import Replay, ReplayConfig, Transitions, check_room
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplorationConfig(Settings):
+    """How often an action is taken at random; every game flips its own coin."""
+
+    start: Fraction = 1.0
+    """Share of random actions at first, and until learning starts."""
+    end: Fraction = 0.01
+    """Share at the end of the descent, and from then on."""
+    steps: Count = 250_000
+    """Actions over which it falls linearly, after learning has started."""
+    ladder: NonNegative = 0.0
+    """Game i of n explores at the share to the power 1 + ladder i/(n-1): 7 in Ape-X (Horgan et al. 2018); 0: all alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DQNConfig(Settings):
+    """The algorithm. All counts of actions are over all games together; an action is four frames of the emulator."""
+
+    backbone: str = "nature"
+    """Network that sees: nature for 84x84 pixels, small for the small games."""
+    hidden: Count = 512
+    """Width of the dense layer, or of each of the two streams."""
+    double: bool = True
+    """The online network chooses the action whose target value is taken."""
+    dueling: bool = True
+    """Two streams, for the value of a state and for the advantages of actions."""
+    n_step: Count = 3
+    """Steps of real reward in a target."""
+    loss: Literal["huber", "squared"] = "huber"
+    """Huber is the paper's clipping of the error to [-1, 1]."""
+    discount: Fraction = 0.99
+    """What a point is worth one action later."""
+    games: Count = 8
+    """Games played side by side; they change speed and how mixed the memory is, not the number of actions."""
+    train_every: Count = 32
+    """Actions from one update to the next, a multiple of games."""
+    batch_size: Count = 256
+    """Transitions of an update; divided by train_every: how often each one is seen."""
+    target_every: Count = 8_000
+    """Actions after which the target network is copied anew."""
+    learning_starts: Count = 20_000
+    """Actions that are random and only fill the memory."""
+    life_loss: bool = True
+    """A lost life ends the episode for the learner, not the game."""
+    clip_rewards: bool = True
+    """Rewards outside of [-1, 1] are taken as -1 or 1, so that one learning rate suits all games."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_every % self.games:
+            raise ValueError(f"train_every must be a multiple of games, and {self.train_every} is none of {self.games}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DQNExperiment(AgentExperiment):
+    """Train a DQN agent from scratch."""
+
+    experiment: ClassVar[str] = "dqn"
+    axes: ClassVar[Mapping[str, str]] = {"*": "frames", "train/loss": "updates", "train/gradient_norm": "updates", "train/lr": "updates"}
+
+    name: str = "dqn"
+    """What to call it: the folder below runs/, and the group on W&B."""
+    trainer: TrainerConfig = TrainerConfig(steps=31_250, precision="auto", log_every=100, preview_every=3125, save_every=3125)
+    optimizer: OptimizerConfig = OptimizerConfig(kind="adam", lr=2.5e-4, eps=1.5e-4, clip_norm=10.0)
+    dqn: DQNConfig = DQNConfig()
+    exploration: ExplorationConfig = ExplorationConfig()
+    replay: ReplayConfig = ReplayConfig()
+    test: TestConfig = TestConfig()
+
+    def task(self, trainer: Trainer) -> DQNTask:
+        """Playing and learning in turns."""
+        return DQNTask(self, trainer)
+
+    def network(self, shape: tuple[int, int, int], actions: int) -> QNetwork:
+        """The untrained network."""
+        return QNetwork(self.dqn, shape, actions)
+
+    def agent(self, saved: Checkpoint, device: torch.device) -> QAgent:
+        """The agent that a checkpoint holds."""
+        facts = saved.notes["facts"]
+        network = self.network(tuple(facts["shape"]), len(facts["actions"]))
+        network.load_state_dict(saved.parts["ema"]["module"] if "ema" in saved.parts else saved.parts["model"])
+        return QAgent(network.to(device).eval().requires_grad_(False), device)
+
+    @property
+    def usual_policy(self) -> Policy:
+        """Mnih et al. 2015 test with one action in twenty at random."""
+        return "epsilon"
+
+
+# The network
+
+
+class QNetwork(nn.Module):
+    """The value of every action."""
+
+    def __init__(self, config: DQNConfig, shape: tuple[int, int, int], actions: int) -> None:
+        super().__init__()
+        (frames, size, _), self.dueling = shape, config.dueling
+        self.torso: Backbone = backbones.create(config.backbone, frames, size, hidden=0 if self.dueling else config.hidden)
+        if self.dueling:
+            width = self.torso.out_features
+            self.value, self.advantage = (
+                nn.Sequential(nn.Linear(width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, outputs)) for outputs in (1, actions)
+            )
+        else:
+            self.action_value = nn.Linear(self.torso.out_features, actions)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Q(s, a), float32 (N, actions), of observations uint8 (N, stack, H, W)."""
+        features = self.torso(as_input(observations))
+        if not self.dueling:
+            values: Tensor = self.action_value(features)
+            return values.float()
+        features = scale_gradient(features, 0.5**0.5)  # two streams send their gradients into one torso
+        value, advantage = self.value(features).float(), self.advantage(features).float()
+        return dueling(value, advantage)
+
+
+def as_input(observations: Tensor) -> Tensor:
+    """Bytes as numbers in [0, 1], in the format that the network computes in."""
+    device = observations.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return observations.to(kind).mul_(1 / 255)
+
+
+def dueling(value: Tensor, advantage: Tensor) -> Tensor:
+    """Q = V + A - mean A (Wang et al. 2016, equation 9), of (N, 1) and (N, actions)."""
+    return value + advantage - advantage.mean(1, keepdim=True)
+
+
+def scale_gradient(features: Tensor, scale: float) -> Tensor:
+    """The same numbers, whose gradient is multiplied by `scale`."""
+    return features * scale + features.detach() * (1 - scale)
+
+
+class QAgent(Agent):
+    """Plays by the values of a Q-network."""
+
+    meaning = "Q-value"
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self.network, self.device = network, device
+
+    @torch.no_grad()
+    def values(self, observations: Tensor) -> Tensor:
+        """Q(s, a), float32 (N, actions)."""
+        values: Tensor = self.network(observations.to(self.device))
+        return values.cpu()
+
+
+# The mathematics
+
+
+def targets(batch: Transitions, next_target: Tensor, next_online: Tensor | None) -> Tensor:
+    """What Q(s, a) should be, (B,).
+
+    Args:
+        next_target: the target network's values at the state where a transition ends, (B, actions).
+        next_online: those of the online network, for double Q-learning.
+    """
+    best = (next_target if next_online is None else next_online).argmax(1, keepdim=True)
+    return batch.returns + batch.discounts * next_target.gather(1, best)[:, 0]
+
+
+def error_cost(error: Tensor, kind: Literal["huber", "squared"]) -> Tensor:
+    """The cost of each error, (B,); Huber's has the gradient of half the square, clipped to [-1, 1]."""
+    zero = torch.zeros_like(error)
+    return F.huber_loss(error, zero, reduction="none") if kind == "huber" else 0.5 * error**2
+
+
+def exploration_rate(config: ExplorationConfig, actions: int, learning_starts: int) -> float:
+    """The share of random actions after so many actions."""
+    part = min(1.0, max(0, actions - learning_starts) / config.steps)
+    return config.start + part * (config.end - config.start)
+
+
+def exploration_ladder(config: ExplorationConfig, rate: float, count: int) -> Tensor:
+    """The share of each of `count` games, float32 (count,) (Horgan et al. 2018, section 4.1)."""
+    return rate ** (1 + config.ladder * torch.linspace(0, 1, count))
+
+
+# Training
+
+
+class DQNTask:
+    """Plays some actions, then learns from one batch, over and over."""
+
+    def __init__(self, experiment: DQNExperiment, trainer: Trainer) -> None:
+        if trainer.world.size > 1:
+            raise UserError("train_dqn.py runs as one process; to use more, start one run for each seed")
+        self.experiment, self.config, self.seed = experiment, experiment.dqn, trainer.config.seed
+        self.games: Games = games.make(experiment.game, self.config.games, seeding.derive(self.seed, "games", 0))
+        shape, count = self.games.shape, len(self.games.actions)
+        self.facts = {"shape": list(shape), "actions": list(self.games.actions)}
+        check_room(experiment.replay, self.config.games, shape)
+        self.replay = Replay(experiment.replay, self.config.games, shape, self.config.n_step, self.config.discount)
+        torch.manual_seed(seeding.derive(self.seed, "weights", 0))
+        network = experiment.network(shape, count)
+        self.target = copy.deepcopy(network)
+        self.learner = trainer.learner(network, experiment.optimizer)
+        self.target.to(trainer.world.device).requires_grad_(False)
+        self.tester = Tester(experiment.game, experiment.test, self.seed, experiment.usual_policy)
+        self.drawn: list[tuple[Transitions, Tensor]] = []
+        self.games.reset()
+
+    def parts(self) -> Mapping[str, Stateful]:
+        """Both networks, the optimiser, the games where they stand, and the memory."""
+        return {**self.learner.parts(), "target": self.target, "games": self.games, "replay": self.replay}
+
+    def hooks(self, trainer: Trainer) -> Sequence[Every]:
+        """How far the run is, and how well the agent plays."""
+        return [
+            Every(trainer.config.log_every, lambda: self.progress(trainer)),
+            Every(trainer.config.preview_every, lambda: self.progress(trainer) | self.test(trainer)),
+        ]
+
+    def progress(self, trainer: Trainer) -> dict[str, float | int | str]:
+        """The axes: frames of the emulator, actions, and updates so far."""
+        actions = trainer.step * self.config.train_every
+        updates = max(0, trainer.step - self.first_update) - trainer.skipped
+        return {"frames": actions * self.games.frames_per_step, "actions": actions, "updates": updates}
+
+    def test(self, trainer: Trainer) -> dict[str, float | int | str]:
+        """Scores of whole games that are played for nothing else, and now and then a video."""
+        with self.learner.judged() as network, torch.autocast(trainer.world.device.type, torch.bfloat16, enabled=trainer.bf16):
+            return self.tester(QAgent(network, trainer.world.device), trainer)
+
+    @property
+    def first_update(self) -> int:
+        """Rounds that only play."""
+        return -(-self.config.learning_starts // self.config.train_every)
+
+    def step(self, trainer: Trainer) -> Metrics:
+        """A round: some actions, one update, the target network."""
+        metrics = self.play(trainer)
+        actions = (trainer.step + 1) * self.config.train_every
+        if trainer.step >= self.first_update and self.replay.filled > 0:
+            self.drawn.clear()
+            metrics |= trainer.minimise(self.learner, lambda shard: self.loss(shard, trainer), self.config.batch_size)
+            for batch, error in self.drawn:
+                self.replay.reprioritise(batch, error)
+        if actions // self.config.target_every > (actions - self.config.train_every) // self.config.target_every:
+            self.target.load_state_dict(self.learner.module.state_dict())
+        return metrics
+
+    # Playing
+
+    def play(self, trainer: Trainer) -> dict[str, Tensor | float]:
+        """Take `train_every` actions and remember them; returns what the games that ended were worth."""
+        first, count = trainer.step * self.config.train_every, self.config.games
+        ended: list[tuple[float, int]] = []
+        for actions in range(first, first + self.config.train_every, count):
+            rate = exploration_rate(self.experiment.exploration, actions, self.config.learning_starts)
+            before, chosen = self.games.last, self.explore(trainer, rate, actions)
+            after = self.games.step(chosen)
+            self.remember(before, chosen, after)
+            ended += [(float(after.returns[game]), int(after.lengths[game])) for game in np.flatnonzero(after.ended)]
+        metrics: dict[str, Tensor | float] = {"epsilon": rate}
+        if ended:
+            metrics |= {"return": sum(score for score, _ in ended) / len(ended), "length": sum(length for _, length in ended) / len(ended)}
+        return metrics
+
+    @torch.no_grad()
+    def explore(self, trainer: Trainer, rate: float, actions: int) -> Any:
+        """An action for every game, int64 (games,)."""
+        draw = seeding.generator(self.seed, "explore", actions)
+        count, kinds = self.config.games, len(self.games.actions)
+        if rate >= 1 and not self.experiment.exploration.ladder:
+            return torch.randint(kinds, (count,), generator=draw).numpy()
+        observations = torch.from_numpy(self.games.last.observations).to(trainer.world.device)
+        with torch.autocast(trainer.world.device.type, torch.bfloat16, enabled=trainer.bf16):
+            values = self.learner.module(observations).cpu()
+        return choose(values, "epsilon", exploration_ladder(self.experiment.exploration, rate, count), draw).numpy()
+
+    def remember(self, before: Step, actions: Any, after: Step) -> None:
+        """Store one frame of every game, what was done there and what came of it, under the learner's rules."""
+        rewards = np.clip(after.rewards, -1, 1) if self.config.clip_rewards else after.rewards
+        terminal = after.terminated | after.life_lost if self.config.life_loss else after.terminated
+        self.replay.append(
+            frames=before.observations[:, -1],
+            actions=actions,
+            rewards=rewards,
+            started=before.started,
+            terminal=terminal,
+            ended=after.ended,
+            playable=~before.ended,
+        )
+
+    # Learning
+
+    def loss(self, shard: Shard, trainer: Trainer) -> tuple[Tensor, Metrics]:
+        """The mean cost of the errors of a batch, and metrics."""
+        beta = self.experiment.replay.beta + (1 - self.experiment.replay.beta) * shard.step / trainer.config.steps
+        batch = self.replay.sample(shard.count, lambda attempt: shard.uniform(f"replay/{attempt}", 2), beta).to(shard.device)
+        with torch.no_grad():
+            next_online = self.learner.module(batch.next_observations) if self.config.double else None
+            goal = targets(batch, self.target(batch.next_observations), next_online)
+        values = self.learner.module(batch.observations).gather(1, batch.actions[:, None])[:, 0]
+        error = goal - values
+        self.drawn.append((batch, error.detach()))
+        age = (self.replay.written - batch.times).double().mean() * self.config.games
+        metrics = {"q": values.mean(), "error": error.abs().mean(), "age": age}
+        return (batch.weights * error_cost(error, self.config.loss)).mean(), metrics
+
+
+EXPERIMENT = DQNExperiment()
