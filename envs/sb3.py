@@ -55,11 +55,13 @@ class GamesVecEnv(VecEnv):
     def step_wait(self) -> tuple[Bytes, Floats, Flags, list[dict[str, Any]]]:
         """Take the actions: observations (N, stack, H, W), rewards, ends (N,) and a dictionary for each game."""
         step = self.games.step(self._actions)
-        done = step.ended | step.life_lost if self.life_loss else step.ended
+        ended, observations = step.ended, step.observations
+        done = ended | step.life_lost if self.life_loss else ended
         infos = [{"lives": lives} for lives in step.lives.tolist()]
         for index in np.flatnonzero(done).tolist():
             infos[index] |= self._ending(step, index)
-        observations = self.games.restart(step.ended).observations if step.ended.any() else step.observations
+        if ended.any():
+            observations = self.games.restart(ended).observations
         # Always an array of its own: PPO adds to it where a game was broken off.
         rewards = step.rewards.clip(-1, 1) if self.clip_rewards else step.rewards.copy()
         return observations, rewards, done, infos

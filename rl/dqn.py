@@ -277,10 +277,11 @@ class DQNTask:
         """A round: some actions, one update, the target network."""
         metrics = self.play(trainer)
         actions = (trainer.step + 1) * self.config.train_every
-        if trainer.step >= self.first_update and self.replay.filled > 0:
+        if trainer.step >= self.first_update and self.replay.sampleable:
             self.drawn.clear()
-            metrics |= trainer.minimise(self.learner, lambda shard: self.loss(shard, trainer), self.config.batch_size)
-            for batch, error in self.drawn:
+            learnt = trainer.minimise(self.learner, lambda shard: self.loss(shard, trainer), self.config.batch_size)
+            metrics |= learnt
+            for batch, error in self.drawn if learnt else []:  # errors that are not finite would spoil the sums of priorities
                 self.replay.reprioritise(batch, error)
         if actions // self.config.target_every > (actions - self.config.train_every) // self.config.target_every:
             self.target.load_state_dict(self.learner.module.state_dict())

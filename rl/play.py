@@ -254,7 +254,7 @@ class Stage:
 
     def _parts(self, values: Floats) -> Floats:
         """How much of each bar is filled, 0 to 1."""
-        finite = np.nan_to_num(values.astype(np.float64))
+        finite = np.nan_to_num(values).astype(np.float64)
         if self.probable:
             return finite.clip(0, 1)
         # Where all are about the same, their last digits must not be blown up into bars that jump about.
@@ -306,8 +306,9 @@ def written(values: Floats, probable: bool) -> list[str]:
     """Values as texts of about the same length: probabilities with three decimals, others with a sign and four digits."""
     if probable:
         return [f"{value:.3f}" for value in values]
-    decimals = 3 - sum(abs(np.nan_to_num(values)).max() >= bound for bound in (10, 100, 1000))
-    return [f"{value:+,.{decimals}f}" if np.isfinite(value) else str(value) for value in values]
+    greatest = float(np.nan_to_num(abs(values)).max())
+    shape = "+.2e" if greatest >= 1e6 else f"+,.{3 - sum(greatest >= bound for bound in (10, 100, 1000))}f"
+    return [f"{value:{shape}}" if np.isfinite(value) else str(value) for value in values]
 
 
 # Videos

@@ -70,7 +70,7 @@ class ReplayConfig(Settings):
 
 @dataclass(frozen=True, eq=False)
 class Transitions:
-    """A batch of n-step transitions, all on the memory's device."""
+    """A batch of n-step transitions, on the memory's device as it comes."""
 
     observations: Tensor
     """uint8 (B, stack, H, W), the newest frame last."""
@@ -89,7 +89,7 @@ class Transitions:
     games: Tensor
     """Which of the N games, int64 (B,)."""
 
-    def to(self, device: torch.device) -> Transitions:
+    def to(self, device: torch.device | str) -> Transitions:
         """The same batch on another device."""
         return Transitions(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
 
@@ -348,13 +348,14 @@ class Replay:
                 self.tree.fill(row * self.games, 0.0, self.games)
 
     def reprioritise(self, batch: Transitions, errors: Tensor) -> None:
-        """Set the priorities of a batch by its errors, finite, of either sign (B,); where sampling is uniform, do nothing.
+        """Set the priorities of a batch by its errors, finite, of either sign (B,), on any device; where sampling is uniform, do nothing.
 
         What may no longer be sampled keeps no priority. Of a transition that is in the batch twice the larger error counts.
         """
         if self.tree is None:
             return
-        leaves, times = self._index(batch.times, batch.games), batch.times
+        times, games = batch.times.to(self.device), batch.games.to(self.device)
+        leaves = self._index(times, games)
         masses = (errors.detach().to(self.device, torch.float64).abs() + SMALLEST_ERROR) ** self.config.alpha
         present = self.tree.masses.index_select(0, leaves)
         live = (present > 0) & (times >= self.first)

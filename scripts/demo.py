@@ -1,4 +1,4 @@
-"""Train an autoencoder and a VAE on real digits and draw what they learnt: what `make demo` runs, in under five minutes.
+"""Train an autoencoder, a VAE and an agent, and show what they learnt: what `make demo` runs, in under ten minutes.
 
 Every command it starts is printed, and can be typed by itself.
 """
@@ -21,7 +21,7 @@ from lab.launch import guarded
 from lab.recorder import console, speak
 
 SCRIPTS = Path(__file__).resolve().parent
-PRESETS = SCRIPTS.parent / "configs" / "generative"
+PRESETS = SCRIPTS.parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Lesson:
 NEIGHBOURS = ("neighbour_accuracy", "class, told by the 5 nearest codes")
 LESSONS = (
     Lesson(
-        "autoencoder", "train_autoencoder.py", "autoencoder_mnist.yaml", 5000, ("reconstructions", "samples"),
+        "autoencoder", "train_autoencoder.py", "generative/autoencoder_mnist.yaml", 5000, ("reconstructions", "samples"),
         (("error", "squared error per image"), NEIGHBOURS),
     ),
     Lesson(
-        "VAE", "train_vae.py", "vae_mnist.yaml", 15000, ("samples", "reconstructions", "interpolation"),
+        "VAE", "train_vae.py", "generative/vae_mnist.yaml", 15000, ("samples", "reconstructions", "interpolation"),
         (("bound", "test bound, nats"), ("nll", "-log p(x), 100 samples each, nats"), NEIGHBOURS),
     ),
 )  # fmt: skip
@@ -64,6 +64,7 @@ def main() -> int:
             table.add_row(lesson.title, meaning, f"{scores[key]:.4g}")
         files += [(f"{lesson.title}: {kind}", draw(run, kind)) for kind in lesson.pictures]
         files += [(f"{lesson.title}: loss", run / "media" / "curves.png"), (f"{lesson.title}: the whole run", run)]
+    files += agent(table)
     console.print(table)
     show(files)
     console.print(f"done in {time.monotonic() - began:.0f} s; next: the README, or any of these scripts with --help")
@@ -112,6 +113,19 @@ def draw(run: Path, kind: str) -> Path:
     count = "8" if kind == "interpolation" else "64"
     call("sample.py", str(run), "--kind", kind, "--count", count, "--out", str(path), quiet=True)
     return path
+
+
+def agent(table: Table) -> list[tuple[str, Path]]:
+    """Train an agent on an Atari game, film it, and judge it beside random play; returns its files."""
+    run = runs.RUNS / "demo" / runs.stamp()
+    call("train_dqn.py", str(PRESETS / "rl" / "demo.yaml"), "--run-dir", str(run))
+    for title, option in (("random play", ["--random"]), ("agent", [])):
+        call("evaluate.py", str(run), "--games", "20", *option, "--json", quiet=True)
+        scores = json.loads((run / "evaluation.json").read_text())
+        table.add_row(title, f"mean score in {scores['games']} games", f"{scores['mean']:.4g}")
+    video = run / "media" / "play.mp4"
+    call("watch.py", str(run), "--out", str(video), quiet=True)
+    return [("agent: a game", video), ("agent: scores", run / "media" / "curves.png"), ("agent: the whole run", run)]
 
 
 def call(script: str, *options: str, quiet: bool = False) -> None:

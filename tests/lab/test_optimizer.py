@@ -1,14 +1,18 @@
 """Optimisers against torch's plain ones, learning rates against closed forms."""
 
 import itertools
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lab.checkpoint import pack, restore, unpack
+from lab.config import UserError
 from lab.optimizer import OptimizerConfig, create, learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,3 +120,139 @@ def test_the_rate_climbs_then_falls_and_stays_between_its_ends(schedule, final, 
     assert all(late <= early + 1e-12 for early, late in itertools.pairwise(down))
     assert all(0 < rate <= 1 for rate in up)
     assert all(final - 1e-12 <= rate <= 1 for rate in down)
+
+
+# DQN's RMSProp
+
+DECAY, MARGIN, BATCH, RATE = 0.95, 0.01, 32, 2.5e-3
+
+
+def regression(step):
+    """A batch for a small regression, float64 (32, 4) and (32,)."""
+    numbers = np.random.default_rng(step)
+    inputs = numbers.normal(size=(BATCH, 4))
+    return inputs, 2 * np.sin(inputs @ np.array([1.0, -2.0, 0.5, 0.0])) + 0.3
+
+
+def as_published(weights, steps):
+    """NeuralQLearner.lua of Mnih et al. 2015, one number after the other: clipped errors, gradients summed over the batch."""
+    w, g, g2 = list(weights), [0.0] * 5, [0.0] * 5
+    for step in range(steps):
+        inputs, goals = regression(step)
+        dw = [0.0] * 5
+        for row, goal in zip(inputs, goals, strict=True):
+            delta = goal - sum(w[i] * row[i] for i in range(4)) - w[4]
+            delta = min(1.0, max(-1.0, delta))
+            for i in range(5):
+                dw[i] -= delta * (row[i] if i < 4 else 1.0)
+        for i in range(5):
+            g[i] = DECAY * g[i] + (1 - DECAY) * dw[i]
+            g2[i] = DECAY * g2[i] + (1 - DECAY) * dw[i] * dw[i]
+            w[i] -= RATE * dw[i] / math.sqrt(g2[i] - g[i] * g[i] + MARGIN)
+    return w
+
+
+def centred(weights, eps=MARGIN / BATCH**2, lr=RATE):
+    return create(OptimizerConfig(kind="centred_rmsprop", lr=lr, betas=(DECAY, DECAY), eps=eps), weights)
+
+
+def follow(line, optimizer, first, last):
+    """Our training: the mean of the Huber loss."""
+    for step in range(first, last):
+        inputs, goals = map(torch.from_numpy, regression(step))
+        error = goals - line(inputs)[:, 0]
+        optimizer.zero_grad()
+        nn.functional.huber_loss(error, torch.zeros_like(error)).backward()
+        optimizer.step()
+
+
+def line():
+    layer = nn.Linear(4, 1, dtype=torch.float64)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def test_centred_rmsprop_with_the_mean_loss_is_the_published_rule_with_the_summed_one():
+    ours = line()
+    follow(ours, centred(ours.parameters()), 0, 200)
+    found, expected = [*ours.weight[0].tolist(), ours.bias.item()], as_published([0.0] * 5, 200)
+    assert found == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    assert max(map(abs, expected)) > 0.1  # they went somewhere
+    other = line()
+    follow(other, centred(other.parameters(), eps=MARGIN), 0, 200)  # the paper's number with our mean is another rule
+    assert [*other.weight[0].tolist(), other.bias.item()] != pytest.approx(expected, rel=1e-2)
+
+
+def test_centred_rmsprop_adds_its_eps_inside_of_the_root_and_torch_outside():
+    gradient = 0.2
+    ours, theirs = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+    for weight in (ours, theirs):
+        weight.grad = torch.full_like(weight, gradient)
+    centred([ours], eps=MARGIN, lr=1.0).step()
+    torch.optim.RMSprop([theirs], lr=1.0, alpha=DECAY, eps=MARGIN, centered=True).step()
+    spread = 0.05 * gradient**2 - (0.05 * gradient) ** 2
+    assert ours.item() == pytest.approx(-gradient / math.sqrt(spread + MARGIN), rel=1e-12)
+    assert theirs.item() == pytest.approx(-gradient / (math.sqrt(spread) + MARGIN), rel=1e-12)
+    assert theirs.item() < 2 * ours.item()
+
+
+def test_centred_rmsprop_has_decays_of_its_own_for_the_mean_and_for_the_square():
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = create(OptimizerConfig(kind="centred_rmsprop", lr=1.0, betas=(0.5, 0.9), eps=0.25), [weight])
+    mean = square = total = 0.0
+    for gradient in (3.0, -1.0, 2.0):
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+        mean, square = 0.5 * mean + 0.5 * gradient, 0.9 * square + 0.1 * gradient**2
+        total -= gradient / math.sqrt(max(0.0, square - mean**2) + 0.25)
+        assert weight.item() == pytest.approx(total, rel=1e-12)
+
+
+def test_a_gradient_that_never_changes_does_not_make_centred_rmsprop_take_the_root_of_less_than_nothing():
+    weight = nn.Parameter(torch.zeros(1000))
+    optimizer = centred([weight], eps=1e-12)
+    for _ in range(500):
+        weight.grad = torch.linspace(1e-3, 1e3, 1000)
+        optimizer.step()
+    assert weight.isfinite().all()
+
+
+def test_centred_rmsprop_leaves_weights_without_a_gradient_alone():
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    used.grad = torch.ones(2)
+    optimizer = centred([unused, used])
+    optimizer.step()
+    assert unused.equal(torch.ones(2))
+    assert (used < 1).all()
+    centred([unused]).step()  # nor does it mind that there is none at all
+
+
+def test_centred_rmsprop_goes_on_bit_for_bit_from_a_checkpoint():
+    whole, resumed = line(), line()
+    optimizer = centred(whole.parameters())
+    follow(whole, optimizer, 0, 7)
+    tensors: dict = {}
+    model, state = (pack(each.state_dict(), tensors, name) for each, name in ((whole, "model"), (optimizer, "optimizer")))
+    model, state = (unpack(json.loads(json.dumps(tree)), tensors) for tree in (model, state))
+    follow(whole, optimizer, 7, 20)
+
+    fresh = centred(resumed.parameters())
+    restore({"model": resumed, "optimizer": fresh}, {"model": model, "optimizer": state})
+    follow(resumed, fresh, 7, 20)
+    assert resumed.weight.equal(whole.weight)
+    assert resumed.bias.equal(whole.bias)
+    for mine, other in zip(fresh.state.values(), optimizer.state.values(), strict=True):
+        assert set(mine) == {"mean", "square"}
+        assert all(mine[name].equal(other[name]) for name in mine)
+
+
+def test_the_state_of_centred_rmsprop_fits_no_other_rule():
+    weight = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="another kind of optimiser"):
+        restore({"optimizer": centred([weight])}, {"optimizer": torch.optim.RMSprop([weight]).state_dict()})
+
+
+def test_weight_decay_is_refused_by_centred_rmsprop():
+    with pytest.raises(UserError, match=r"optimizer\.weight_decay: centred_rmsprop has none"):
+        create(OptimizerConfig(kind="centred_rmsprop", weight_decay=0.1), some_weights())

@@ -196,6 +196,14 @@ def test_types_and_shapes_of_a_batch():
     assert [getattr(batch, name).dtype for name in NAMES] == kinds
 
 
+def test_a_batch_moves_to_another_device_as_a_whole():
+    batch = filled(30)[0].sample(5, uniforms(0)(5))
+    assert_same(batch.to("cpu"), batch)
+    moved = batch.to("meta")
+    assert {getattr(moved, name).device.type for name in NAMES} == {"meta"}
+    assert [getattr(moved, name).dtype for name in NAMES] == [getattr(batch, name).dtype for name in NAMES]
+
+
 def test_returns_with_an_ordinary_discount():
     store, stream = filled(40, n_step=5, discount=0.99)
     times, games = torch.tensor(sorted(stream.sampleable(40, 5))).unbind(1)
