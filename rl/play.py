@@ -172,7 +172,12 @@ class Pen:
 
 
 class Stage:
-    """What all the pictures of a game have in common, drawn once, and the places of what changes."""
+    """What all the pictures of a game have in common, drawn once, and the places of what changes.
+
+    Args:
+        slant: height of the game's picture over its width.
+        frames: that the agent sees at once, of which the newest four are shown.
+    """
 
     def __init__(self, slant: float, frames: int, names: tuple[str, ...], meaning: str, title: str, height: int) -> None:
         self.size = even(height / slant), even(height)
@@ -231,7 +236,7 @@ class Stage:
 
     def _score(self, pen: Pen, moment: Moment) -> None:
         """The score, as large as there is room for, and three numbers at its right."""
-        score = f"{moment.score:,.{0 if float(moment.score).is_integer() else 2}f}"
+        score = points(moment.score)
         size = next((size for size in (46, 38, 30) if pen.width(score, size) < 180), 24)
         pen.write("score", self.left, 56, 12, DIM)
         pen.write(score, self.left - 1, 99, size, BRIGHT, "ls")
@@ -300,6 +305,11 @@ def shortened(text: str, fits: Callable[[str], bool]) -> str:
     if fits(text):
         return text
     return next((cut for end in range(len(text) - 1, 0, -1) if fits(cut := text[:end].rstrip() + "…")), "")
+
+
+def points(score: float) -> str:
+    """A score as people write it: `1,732`, or `-0.50`."""
+    return f"{score:,.{0 if float(score).is_integer() else 2}f}"
 
 
 def written(values: Floats, probable: bool) -> list[str]:

@@ -19,6 +19,7 @@ from lab.experiment import TrainerConfig
 from lab.trainer import Trainer
 from rl.agent import Agent, AgentExperiment, Policy
 from rl.evaluate import TestConfig
+from rl.replay import ReplayConfig
 
 if TYPE_CHECKING:
     from rl.stable_baselines import SB3Task
@@ -66,7 +67,7 @@ class PPOConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SB3DQNConfig(Settings):
-    """SB3's DQN, neither double nor dueling; the defaults are rl-zoo's for Atari, but for the memory. Counts are over all games."""
+    """SB3's DQN, neither double nor dueling; the defaults are rl-zoo's for Atari. Counts are over all games together."""
 
     games: Count = 4
     """Games played side by side. SB3 flips one coin for all of them: they explore together or not at all."""
@@ -80,8 +81,6 @@ class SB3DQNConfig(Settings):
     """Learning rate (Adam)."""
     batch_size: Count = 32
     """Transitions of an update."""
-    capacity: Count = 1_000_000
-    """Transitions that are kept, 7 GB of 84x84 pixels; rl-zoo keeps 100,000, for which SB3 takes 6 GB."""
     learning_starts: Count = 100_000
     """Actions that are random and only fill the memory."""
     target_every: Count = 1_000
@@ -130,6 +129,7 @@ class SB3Experiment(AgentExperiment):
     """Start from the weights in a file that SB3 saved; nothing else of it is read, so nothing in it is run."""
     ppo: PPOConfig = PPOConfig()
     dqn: SB3DQNConfig = SB3DQNConfig()
+    replay: ReplayConfig = ReplayConfig()
     test: TestConfig = TestConfig()
 
     def task(self, trainer: Trainer) -> SB3Task:

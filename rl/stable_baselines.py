@@ -129,9 +129,11 @@ class FrameMemory(ReplayBuffer):
         action_space: spaces.Space[Any],
         device: torch.device | str = "auto",
         n_envs: int = 1,
-        **unused: Any,
+        optimize_memory_usage: bool = False,
+        config: ReplayConfig | None = None,
     ) -> None:
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs)  # ReplayBuffer's takes the 56 GB
+        self.config = config or ReplayConfig(capacity=buffer_size)
         self.reset()
 
     def reset(self) -> None:
@@ -139,7 +141,7 @@ class FrameMemory(ReplayBuffer):
         super().reset()
         # With a discount of 1 the memory says by 1 or 0 whether there is something to bootstrap from; SB3 has the discount.
         shape = cast(tuple[int, int, int], self.obs_shape)
-        self.frames = Replay(ReplayConfig(capacity=self.buffer_size), self.n_envs, shape, n_step=1, discount=1.0)
+        self.frames = Replay(self.config, self.n_envs, shape, n_step=1, discount=1.0)
         self.started = np.ones(self.n_envs, np.bool_)
         """The next frame is the first of a game, (N,)."""
 
@@ -276,7 +278,7 @@ class SB3Task(ABC):
     model: Any
 
     def __init__(self, experiment: SB3Experiment, trainer: Trainer) -> None:
-        check(trainer)
+        check(experiment, trainer)
         self.experiment, self.seed = experiment, trainer.config.seed
         self.environment = environment(experiment, self.seed)
         shape = self.environment.observation_space.shape or ()
@@ -316,13 +318,22 @@ class SB3Task(ABC):
         random.seed(seed)
         np.random.seed(seed)
         self.model.action_space.seed(seed)  # PyTorch's own generator is set by the trainer
-        for _ in range(self.turns):
-            self.iterate()
-            self.record.read_logger()
-        metrics = self.record.take()
-        if not math.isfinite(metrics.get("loss", 0.0)):
-            raise TrainingStopped(f"stopped at step {trainer.step}: the loss is not finite; try a smaller --{self.experiment.algorithm}.lr")
-        return metrics
+        try:
+            for _ in range(self.turns):
+                self.iterate()
+                self.record.read_logger()
+        except ValueError:  # PyTorch refuses probabilities that are not finite
+            if self.finite:
+                raise
+        if not self.finite:
+            hint = f"try a smaller --{self.experiment.algorithm}.lr and --resume from the last checkpoint"
+            raise TrainingStopped(f"stopped at step {trainer.step}: the weights are no finite numbers any more; {hint}")
+        return self.record.take()
+
+    @property
+    def finite(self) -> bool:
+        """Whether all weights are finite numbers."""
+        return all(bool(weight.isfinite().all()) for weight in self.model.policy.parameters())
 
     def hooks(self, trainer: Trainer) -> Sequence[Every]:
         """How far the run is, how well the agent plays, and in the end a file for other users of SB3."""
@@ -386,18 +397,20 @@ class DQNTask(SB3Task):
         """SB3's model, with our memory."""
         config: SB3DQNConfig = self.experiment.dqn
         self.turns = config.actions_per_step // config.train_every
-        check_room(ReplayConfig(capacity=config.capacity), config.games, tuple(self.facts["shape"]))
+        replay = self.experiment.replay
+        check_room(replay, config.games, tuple(self.facts["shape"]))
         return DQN(
             "CnnPolicy",
             environment,
             learning_rate=config.lr,
-            buffer_size=config.capacity,
+            buffer_size=replay.capacity,
             learning_starts=config.learning_starts,
             batch_size=config.batch_size,
             gamma=config.discount,
             train_freq=config.train_every // config.games,  # which SB3 counts in actions of each game
             gradient_steps=config.gradient_steps,
             replay_buffer_class=FrameMemory,
+            replay_buffer_kwargs={"config": replay},
             target_update_interval=config.target_every,
             exploration_fraction=config.exploration_fraction,
             exploration_final_eps=config.final_epsilon,
@@ -420,15 +433,17 @@ class DQNTask(SB3Task):
 TASKS: Mapping[str, type[SB3Task]] = {"ppo": PPOTask, "dqn": DQNTask}
 
 
-def check(trainer: Trainer) -> None:
+def check(experiment: SB3Experiment, trainer: Trainer) -> None:
     """Raises:
-    UserError: something is asked of the trainer that SB3 does in its own way.
+    UserError: something is asked for that SB3 does in its own way.
     """
     if trainer.world.size > 1:
         raise UserError("train_sb3.py runs as one process; to use more, start one run for each seed")
     config = trainer.config
     if config.precision == "bf16" or config.compile or config.accumulate > 1:
         raise UserError("stable-baselines3 updates in its own way: leave trainer.precision, .compile and .accumulate at their defaults")
+    if experiment.replay.prioritised:
+        raise UserError("replay.prioritised: stable-baselines3's DQN draws uniformly; train_dqn.py can prioritise")
 
 
 def environment(experiment: SB3Experiment, seed: int) -> VecEnv:
@@ -455,12 +470,10 @@ def write_zip(model: BaseAlgorithm, path: Path) -> None:
     Beside the weights such a file holds pickles, of settings only: who reads it runs them.
     """
     plain: Any = copy.copy(model)
-    # Without what only this training needs: SB3's memory instead of ours, and small, as whoever loads the file allocates it.
-    for name in {"_last_obs", "_last_original_obs", "_last_episode_starts", "ep_info_buffer", "ep_success_buffer", "replay_buffer_class"}:
-        if hasattr(plain, name):
-            setattr(plain, name, None)
-    if isinstance(plain, DQN):
-        plain.buffer_size = min(plain.buffer_size, 10_000)
+    for name in ("_last_obs", "_last_original_obs", "_last_episode_starts", "ep_info_buffer", "ep_success_buffer"):
+        setattr(plain, name, None)
+    if isinstance(plain, DQN):  # with SB3's memory, and a small one, as whoever reads the file allocates it
+        plain.replay_buffer_class, plain.replay_buffer_kwargs, plain.buffer_size = None, {}, min(plain.buffer_size, 10_000)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
     plain.save(unfinished)
@@ -471,7 +484,7 @@ def export(name: str) -> Path:
     """Write export/model.zip of a run that was stopped before its end, from its newest checkpoint (or one that is named)."""
     found, names = runs.find(name, ["sb3"]), ("model", "optimizer", "rest")
     settings: SB3Experiment = loading.settings_of(found.run, {"sb3": "rl.sb3"})
-    task: Any = Trainer(dataclasses.replace(settings, initial_zip=None), World()).task
+    task: Any = Trainer(dataclasses.replace(settings, environments="native", initial_zip=None), World()).task
     checkpoint.restore({name: task.parts()[name] for name in names}, loading.saved(found, only=names).parts)
     write_zip(task.model, path := found.run.folder / "export" / "model.zip")
     return path
@@ -488,13 +501,15 @@ def read_zip(path: Path) -> dict[str, Tensor]:
     """
     try:
         with zipfile.ZipFile(path) as archive, archive.open("policy.pth") as file:
-            weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+            weights = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"initial_zip: {path} cannot be read ({error.strerror})") from None
     except (zipfile.BadZipFile, KeyError):
         raise UserError(f"initial_zip: {path} is no file that stable-baselines3 saved") from None
     except (pickle.UnpicklingError, RuntimeError):
-        raise UserError(f"initial_zip: {path} holds something else than weights, which is not loaded since it could run code") from None
+        weights = None
+    if not isinstance(weights, dict):
+        raise UserError(f"initial_zip: {path} holds something else than weights, which is not loaded since it could run code")
     return weights
 
 

@@ -12,6 +12,7 @@ the agent's values hang on), q or Escape ends. RUN is a run folder, a checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from tkinter import Event, Tk
     from types import TracebackType
+
+    from PIL import ImageTk
 
 SPEEDS = (0.125, 32.0)
 """The slowest and the fastest that keys can set."""
@@ -108,7 +111,7 @@ def main() -> int:
 def report(shown: list[Shown]) -> None:
     """Print how the games ended, or where they were left."""
     for number, game in enumerate(shown, 1):
-        print(f"game {number}: score {game.score:,g}{'' if game.finished else ' so far'}, {game.length:,} steps")
+        print(f"game {number}: score {play.points(game.score)}{'' if game.finished else ' so far'}, {game.length:,} steps")
 
 
 def check(options: Options) -> None:
@@ -176,24 +179,31 @@ def saved_at(run: Run, step: int) -> str:
 
 
 def record(player: Player, options: Options, out: Path) -> list[Shown]:
-    """Write the video, with a progress bar on a terminal."""
+    """Write the video, with a progress bar on a terminal.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
     columns = (TextColumn(f"filming {out.name}", markup=False), BarColumn(24), TextColumn("{task.completed:,} steps"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=options.steps)
-        return play.film(
-            player.agent,
-            player.game,
-            out,
-            policy=player.policy,
-            epsilon=options.epsilon,
-            seed=options.seed,
-            episodes=options.episodes or 1,
-            most=options.steps,
-            speed=options.speed,
-            saliency=options.saliency,
-            title=player.title,
-            progress=lambda done: bar.update(task, completed=done),
-        )
+        try:
+            return play.film(
+                player.agent,
+                player.game,
+                out,
+                policy=player.policy,
+                epsilon=options.epsilon,
+                seed=options.seed,
+                episodes=options.episodes or 1,
+                most=options.steps,
+                speed=options.speed,
+                saliency=options.saliency,
+                title=player.title,
+                progress=lambda done: bar.update(task, completed=done),
+            )
+        except OSError as error:
+            raise UserError(f"{out}: a video cannot be written here ({error.strerror}); give another place by --out") from None
 
 
 # A window
@@ -224,6 +234,7 @@ class Window:
         self.names = play.action_names(player.game)
         self.shown: dict[int, Shown] = {}
         self.error: BaseException | None = None
+        self.image: ImageTk.PhotoImage | None = None
         self.label = Label(root, borderwidth=0)
         self.label.pack()
         self._listen()
@@ -244,9 +255,10 @@ class Window:
         """Play until the window is closed or all was shown; returns the games that were."""
         self.due = time.monotonic()
         self.tick()
-        self.root.mainloop()
-        if self.error and not isinstance(self.error, KeyboardInterrupt):
-            raise self.error
+        with contextlib.suppress(KeyboardInterrupt):
+            self.root.mainloop()
+            if self.error:
+                raise self.error
         return list(self.shown.values())
 
     def begin(self, number: int) -> None:
@@ -275,15 +287,17 @@ class Window:
         from PIL import Image, ImageTk
 
         heat = play.heat(self.player.agent, self.moment) if self.saliency else None
-        picture = play.compose(self.moment, self.names, self.player.agent.meaning, self.player.title, heat)
-        self.image = ImageTk.PhotoImage(Image.fromarray(picture), master=self.root)
-        self.label.configure(image=self.image)
+        picture = Image.fromarray(play.compose(self.moment, self.names, self.player.agent.meaning, self.player.title, heat))
+        if self.image is None:
+            self.image = ImageTk.PhotoImage(picture, master=self.root)
+            self.label.configure(image=self.image)
+        self.image.paste(picture)  # five times as fast as a new one
         self._entitle()
         self.root.update_idletasks()  # Tk draws when it has nothing else to do, which at a high speed is never
 
     def _entitle(self) -> None:
         speed = f" · speed {self.speed:g}" if self.speed != 1 else ""
-        self.root.title(f"{self.player.title} · score {self.moment.score:g}{speed}{' · paused' if self.paused else ''}")
+        self.root.title(f"{self.player.title} · score {play.points(self.moment.score)}{speed}{' · paused' if self.paused else ''}")
 
     def pause(self) -> None:
         """Stop, or go on."""

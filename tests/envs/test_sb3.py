@@ -108,11 +108,9 @@ def test_what_a_learner_adds_to_its_rewards_does_not_reach_the_games() -> None:
 
 
 def test_returns_of_sb3s_own_monitor_are_the_same() -> None:
-    environment = VecMonitor(GamesVecEnv(games_of("catch", max_frames=70)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is monitored already
-        mine = played(GamesVecEnv(games_of("catch", max_frames=70)), 300)
-    theirs = played(environment, 300)
+    with pytest.warns(UserWarning, match="already wrapped with a `Monitor`"):
+        environment = VecMonitor(GamesVecEnv(games_of("catch", max_frames=70)))
+    mine, theirs = played(GamesVecEnv(games_of("catch", max_frames=70)), 300), played(environment, 300)
     next(mine), next(theirs)
     ends = [(a["episode"], b["episode"]) for one, other in zip(mine, theirs) for a, b in zip(one[3], other[3]) if "episode" in a]
     assert len(ends) == 3 * 4
