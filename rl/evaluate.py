@@ -164,7 +164,7 @@ def judge(loaded: Sequence[Loaded], config: PlayConfig, seed: int) -> list[list[
     worlds = {(one.experiment.game.rom, one.experiment.game.full_actions, one.experiment.game.frame_skip) for one in loaded}
     if len(worlds) > 1:
         raise UserError(f"these agents play different games ({', '.join(sorted(world[0] for world in worlds))}); judge them one by one")
-    for one in loaded:
+    for one in loaded if not config.random else []:
         check_policy(one.agent, policy_of(one, config))
     bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True, disable=not console.is_terminal)
     with bar:

@@ -124,8 +124,8 @@ class Summary:
     median: float
     iqm: float
     """Inter-quartile mean."""
-    low: float
-    high: float
+    iqm_low: float
+    iqm_high: float
     """95 % interval of the inter-quartile mean."""
     mean_low: float
     mean_high: float
@@ -156,8 +156,8 @@ def summarise(rom: str, groups: Sequence[Sequence[float]]) -> Summary:
         mean=mean(scores),
         median=float(np.median(scores)),
         iqm=iqm(scores),
-        low=low,
-        high=high,
+        iqm_low=low,
+        iqm_high=high,
         mean_low=mean_low,
         mean_high=mean_high,
         minimum=float(scores.min()),

@@ -322,18 +322,17 @@ class SB3Task(ABC):
             for _ in range(self.turns):
                 self.iterate()
                 self.record.read_logger()
-        except ValueError:  # PyTorch refuses probabilities that are not finite
-            if self.finite:
+        except ValueError as error:
+            if "Expected parameter logits" not in str(error):  # PyTorch refuses to draw by numbers that are not finite
                 raise
-        if not self.finite:
-            hint = f"try a smaller --{self.experiment.algorithm}.lr and --resume from the last checkpoint"
-            raise TrainingStopped(f"stopped at step {trainer.step}: the weights are no finite numbers any more; {hint}")
+            raise self._diverged(trainer) from None
+        if not all(bool(weight.isfinite().all()) for weight in self.model.policy.parameters()):
+            raise self._diverged(trainer)
         return self.record.take()
 
-    @property
-    def finite(self) -> bool:
-        """Whether all weights are finite numbers."""
-        return all(bool(weight.isfinite().all()) for weight in self.model.policy.parameters())
+    def _diverged(self, trainer: Trainer) -> TrainingStopped:
+        hint = f"try a smaller --{self.experiment.algorithm}.lr and --resume from the last checkpoint"
+        return TrainingStopped(f"stopped at step {trainer.step}: the network's numbers are not finite any more; {hint}")
 
     def hooks(self, trainer: Trainer) -> Sequence[Every]:
         """How far the run is, how well the agent plays, and in the end a file for other users of SB3."""

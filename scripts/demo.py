@@ -116,16 +116,16 @@ def draw(run: Path, kind: str) -> Path:
 
 
 def agent(table: Table) -> list[tuple[str, Path]]:
-    """Train an agent on an Atari game, film it, and judge it beside random play; returns its files."""
+    """Train an agent on an Atari game, judge it beside random play, and film both; returns the files."""
     run = runs.RUNS / "demo" / runs.stamp()
     call("train_dqn.py", str(PRESETS / "rl" / "demo.yaml"), "--run-dir", str(run))
-    for title, option in (("random play", ["--random"]), ("agent", [])):
+    for title, option, name in (("random play", ["--random"], "evaluation_random"), ("agent", [], "evaluation")):
         call("evaluate.py", str(run), "--games", "20", *option, "--json", quiet=True)
-        scores = json.loads((run / "evaluation.json").read_text())
+        scores = json.loads((run / f"{name}.json").read_text())
         table.add_row(title, f"mean score in {scores['games']} games", f"{scores['mean']:.4g}")
-    video = run / "media" / "play.mp4"
-    call("watch.py", str(run), "--out", str(video), quiet=True)
-    return [("agent: a game", video), ("agent: scores", run / "media" / "curves.png"), ("agent: the whole run", run)]
+        call("watch.py", str(run), *option, "--out", str(run / "media" / f"{title.replace(' ', '_')}.mp4"), quiet=True)
+    media = run / "media"
+    return [("agent: a game", media / "agent.mp4"), ("random play: a game", media / "random_play.mp4"), ("agent: the whole run", run)]
 
 
 def call(script: str, *options: str, quiet: bool = False) -> None:

@@ -8,7 +8,7 @@
 For a VAE: the bound and the importance-sampled log-likelihood in nats per image. For an autoencoder: the squared error.
 For an agent: mean, median and inter-quartile mean of the real score, with a 95 % interval, beside those of people and of
 random play; several runs are taken together, run by run and then game by game. The protocol is spelt out each time. The
-scores of each run also go to evaluation.json in its folder. RUN is a run folder, a checkpoint folder or `latest`.
+scores of each run also go to evaluation.json in its folder (with --random, evaluation_random.json). RUN is a run folder, a checkpoint folder or `latest`.
 """
 
 from __future__ import annotations
@@ -79,43 +79,37 @@ def judge(options: Options) -> dict[str, Any]:
 
 def judge_agents(options: Options) -> dict[str, Any]:
     """Every agent by itself, then all together."""
-    loaded = [rl.load(name, options.device) for name in options.runs]
-    games = play.judge(loaded, options.agents, options.images.seed)
-    each = [
-        written(
-            one.run,
-            {
-                "experiment": one.experiment.experiment,
-                "step": one.step,
-                **play.report([one], [scores], options.agents, options.images.seed),
-            },
-        )
-        for one, scores in zip(loaded, games)
-    ]
+    how, seed, name = options.agents, options.images.seed, "evaluation_random.json" if options.agents.random else "evaluation.json"
+    loaded = [rl.load(run, options.device) for run in options.runs]
+    played = play.judge(loaded, how, seed)
+    each = [written(one.run, {**kind(one), **play.report([one], [games], how, seed)}, name) for one, games in zip(loaded, played)]
     if len(loaded) == 1:
         return each[0]
-    names = ", ".join(str(one.run.folder) for one in loaded)
-    return {"run": names, "experiment": each[0]["experiment"], "step": max(one.step for one in loaded)} | play.report(
-        loaded, games, options.agents, options.images.seed
-    )
+    return {"run": ", ".join(str(one.run.folder) for one in loaded), **kind(loaded[0]), **play.report(loaded, played, how, seed)}
 
 
-def written(run: runs.Run, scores: Mapping[str, Any]) -> dict[str, Any]:
+def kind(loaded: rl.Loaded) -> dict[str, Any]:
+    """What was judged."""
+    return {"experiment": loaded.experiment.experiment, "step": loaded.step}
+
+
+def written(run: runs.Run, scores: Mapping[str, Any], name: str = "evaluation.json") -> dict[str, Any]:
     """The scores of a run with its name, after they were written to its folder."""
     result = {"run": str(run.folder), **scores}
-    (run.folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    (run.folder / name).write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """Print scores as a table."""
-    table = Table(title=f"{result['run']}, step {result['step']}", caption=str(result["protocol"]))
+    """Print scores as a table, and under it how they were taken."""
+    table = Table(title=f"{result['run']}, step {result['step']}", title_justify="left")
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in result.items():
         if name not in ("run", "experiment", "step", "protocol", "scores") and value is not None:
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
+    console.print(result["protocol"], highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

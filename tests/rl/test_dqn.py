@@ -1,5 +1,6 @@
 """DQN against plain loops over what was played, the formulas of the papers, and a chain whose exact values are known."""
 
+import contextlib
 import copy
 import json
 import math
@@ -26,6 +27,7 @@ from lab.experiment import TrainerConfig
 from lab.launch import launch
 from lab.learner import Shard
 from lab.optimizer import OptimizerConfig
+from lab.recorder import log
 from lab.trainer import DONE, Trainer, TrainingStopped
 from rl import agent
 from rl.agent import choose
@@ -160,6 +162,25 @@ def scripted(monkeypatch, scripts=SCRIPTS, kinds=2, **settings) -> Trainer:
     """A trainer on scripted games, whose network is a table."""
     monkeypatch.setattr(envs.games, "make", lambda *_, **__: Scripted(scripts, kinds))
     return set_up(kind=TableExperiment, **({"games": len(scripts), "train_every": len(scripts)} | settings))
+
+
+@contextlib.contextmanager
+def as_it_was():
+    """Put back what a script sets for the whole process."""
+    threads, handlers, level, propagate = torch.get_num_threads(), list(log.handlers), log.level, log.propagate
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+        log.handlers[:], log.propagate = handlers, propagate
+        log.setLevel(level)
+
+
+def launched(words):
+    """Run the training script in this process; returns its exit status."""
+    with as_it_was():
+        return launch(EXPERIMENT, "", words)
 
 
 def rounds(trainer, count):
@@ -594,7 +615,7 @@ def test_a_batch_is_drawn_whole_or_in_equal_parts():
 
 
 def test_rounds_that_cannot_be_shared_by_the_games_are_refused(capsys):
-    assert launch(EXPERIMENT, "", ["--dqn.train-every", "12", "--dqn.games", "8", "--print-config"]) == 2
+    assert launched(["--dqn.train-every", "12", "--dqn.games", "8", "--print-config"]) == 2
     assert "train_every must be a multiple of games, and 12 is none of 8" in capsys.readouterr().err
 
 
@@ -774,7 +795,7 @@ TINY = """
 def run(tmp_path_factory):
     """A run of a moment."""
     folder = tmp_path_factory.mktemp("dqn") / "run"
-    assert launch(EXPERIMENT, "", [*TINY, "--run-dir", str(folder)]) == 0
+    assert launched([*TINY, "--run-dir", str(folder)]) == 0
     return folder
 
 
@@ -823,7 +844,7 @@ def test_an_agent_is_loaded_without_its_memory_but_training_needs_it(run, tmp_pa
     seen = observations(3)
     assert agent.load(str(moved)).agent.values(seen).equal(agent.load(str(run)).agent.values(seen))
     before = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()}
-    assert launch(EXPERIMENT, "", ["--resume", str(moved), "--trainer.steps", "32"]) == 2
+    assert launched(["--resume", str(moved), "--trainer.steps", "32"]) == 2
     message = capsys.readouterr().err
     assert "segments" in message
     assert "Traceback" not in message

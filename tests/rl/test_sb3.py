@@ -37,21 +37,22 @@ from rl.replay import ReplayConfig
 from rl.sb3 import PPOConfig, SB3DQNConfig, SB3Experiment
 
 STEPS = 6
-GAMES = {"catch": GameConfig(name="catch", stack=2, max_frames=50), "breakout": GameConfig(name="breakout", max_frames=240)}
+GAMES = {"catch": GameConfig(name="catch", stack=2, max_frames=50), "breakout": GameConfig(name="breakout", size=36, max_frames=240)}
 
 
 def experiment(name="catch", algorithm="ppo", **changes) -> SB3Experiment:
     """A training so small that it takes a second."""
+    many = 4 if name == "catch" else 2  # an emulator takes a quarter of a second to start
     small = {"batch_size": 8, "learning_starts": 40, "train_every": 8, "actions_per_step": 64, "target_every": 28}
     settings = {
         "name": "small",
         "algorithm": algorithm,
         "game": GAMES[name],
         "backbone": "small" if name == "catch" else "nature",
-        "ppo": PPOConfig(games=3, n_steps=24, batch_size=36, epochs=2),
-        "dqn": SB3DQNConfig(games=4, **small, exploration_fraction=0.8),
+        "ppo": PPOConfig(games=many, n_steps=24, batch_size=12 * many, epochs=2),
+        "dqn": SB3DQNConfig(games=many, **small, exploration_fraction=0.8),
         "replay": ReplayConfig(capacity=200),
-        "test": TestConfig(games=2, video_every=0),
+        "test": TestConfig(games=1, video_every=0),
         "trainer": TrainerConfig(steps=STEPS, log_every=2, save_every=3, preview_every=6, seed=5),
         "tracking": TrackingConfig(mode="disabled"),
     }
@@ -156,12 +157,12 @@ def test_our_loop_trains_a_ppo_to_the_same_weights_as_learn_does() -> None:
     trainer = Trainer(settings, World())
     trainer.fit()
     lr, clip = LinearSchedule(2.5e-4, 0.0, 1.0), LinearSchedule(0.1, 0.0, 1.0)
-    model = plain(settings, PPO, n_steps=24, batch_size=36, n_epochs=2, learning_rate=lr, clip_range=clip, ent_coef=0.01)
+    model = plain(settings, PPO, n_steps=24, batch_size=48, n_epochs=2, learning_rate=lr, clip_range=clip, ent_coef=0.01)
     fresh = {name: weight.clone() for name, weight in model.policy.state_dict().items()}
-    model.learn(STEPS * 72, callback=Seeds(1))
+    model.learn(STEPS * 96, callback=Seeds(1))
     assert_same_weights(trainer.task.model.policy, model.policy)
     assert not torch.equal(fresh["action_net.weight"], model.policy.state_dict()["action_net.weight"])
-    assert trainer.task.progress() == {"frames": 432, "actions": 432, "updates": STEPS * 2 * 2}
+    assert trainer.task.progress() == {"frames": 576, "actions": 576, "updates": STEPS * 2 * 2}
 
 
 def test_our_loop_trains_a_dqn_to_the_same_weights_as_learn_does() -> None:
@@ -309,7 +310,7 @@ def test_plain_sb3_reads_what_a_run_leaves_and_plays_the_same(algorithm: str, tm
     trained(settings, run)
     exported = run.folder / "export" / "model.zip"
     model = (PPO if algorithm == "ppo" else DQN).load(exported, device="cpu")
-    observations = torch.randint(0, 256, (30, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    observations = torch.randint(0, 256, (30, 4, 36, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     theirs, _ = model.predict(observations.numpy(), deterministic=True)
     values = agent.load(str(run.folder)).agent.values(observations)
     assert np.array_equal(theirs, values.argmax(1).numpy())
@@ -395,7 +396,7 @@ def test_files_that_do_not_fit_are_refused_in_a_sentence(stranger: Path, tmp_pat
         with pytest.raises(UserError, match="no file that stable-baselines3 saved"):
             start(tmp_path / name)
     with pytest.raises(UserError, match=r"another network \(.*size mismatch"):
-        start(stranger, game=GameConfig(name="pong"))
+        start(stranger, game=GameConfig(name="pong", size=36))
     with pytest.raises(UserError, match="other weights do not match"):
         start(stranger, algorithm="dqn")
 
@@ -429,7 +430,7 @@ def test_a_run_in_classic_environments_says_that_it_cannot_be_resumed() -> None:
     trainer = Trainer(settings, World())
     trainer.task.iterate()
     parts = trainer.task.parts()
-    assert trainer.task.facts == {"shape": [4, 84, 84], "actions": ["NOOP", "FIRE", "RIGHT", "LEFT"]}
+    assert trainer.task.facts == {"shape": [4, 36, 36], "actions": ["NOOP", "FIRE", "RIGHT", "LEFT"]}
     with pytest.raises(UserError, match="cannot be resumed"):
         checkpoint.restore(parts, {name: part.state_dict() for name, part in parts.items()})
     trainer.task.environment.close()
@@ -441,7 +442,7 @@ def test_weights_that_are_not_finite_stop_the_run(algorithm: str) -> None:
     wild = dataclasses.replace(
         wild, algorithm=algorithm, ppo=dataclasses.replace(wild.ppo, lr=1e30), dqn=dataclasses.replace(wild.dqn, lr=1e30)
     )
-    with pytest.raises(TrainingStopped, match=rf"no finite numbers any more; try a smaller --{algorithm}\.lr"):
+    with pytest.raises(TrainingStopped, match=rf"not finite any more; try a smaller --{algorithm}\.lr"):
         Trainer(wild, World()).fit()
 
 

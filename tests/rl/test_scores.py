@@ -130,7 +130,7 @@ def test_a_summary_says_it_all_and_goes_into_json():
     assert (found.mean, found.median) == (together.mean(), np.median(together))
     assert found.iqm == pytest.approx(scipy.stats.trim_mean(together, 0.25))
     assert found.normalised == pytest.approx((together.mean() + 20.7) / 35.3)
-    assert (found.low, found.high) == interval(runs, iqm)
+    assert (found.iqm_low, found.iqm_high) == interval(runs, iqm)
     assert (found.mean_low, found.mean_high) == interval(runs, mean)
     assert Summary(**json.loads(json.dumps(found.to_dict()))) == found
     assert set(found.to_dict()) == {field.name for field in fields(Summary)}
@@ -138,5 +138,5 @@ def test_a_summary_says_it_all_and_goes_into_json():
 
 def test_one_game_is_its_own_summary():
     found = summarise("breakout", [[30.5]])
-    assert {found.mean, found.median, found.iqm, found.low, found.high, found.minimum, found.maximum} == {30.5}
+    assert {found.mean, found.median, found.iqm, found.iqm_low, found.iqm_high, found.minimum, found.maximum} == {30.5}
     assert found.normalised == 1
