@@ -114,7 +114,7 @@ class SB3Experiment(AgentExperiment):
 
     name: str = "sb3"
     """What to call it: the folder below runs/, and the group on W&B."""
-    trainer: TrainerConfig = TrainerConfig(steps=9766, log_every=10, preview_every=500, save_every=100)
+    trainer: TrainerConfig = TrainerConfig(steps=9766, precision="auto", log_every=10, preview_every=500, save_every=100)
     algorithm: Literal["ppo", "dqn"] = "ppo"
     """Which of SB3's algorithms; the section of the other one is not used."""
     environments: Literal["native", "classic"] = "native"

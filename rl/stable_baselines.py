@@ -55,18 +55,29 @@ from rl.sb3 import PPOConfig, SB3DQNConfig, SB3Experiment
 
 
 class BackboneExtractor(BaseFeaturesExtractor):
-    """One of our backbones as the part of an SB3 policy that sees."""
+    """One of our backbones as the part of an SB3 policy that sees; the products in bf16 where that is asked for."""
 
-    def __init__(self, observation_space: spaces.Box, backbone: str) -> None:
+    def __init__(self, observation_space: spaces.Box, backbone: str, bf16: bool = False) -> None:
         frames, size, _ = observation_space.shape
         torso = backbones.create(backbone, frames, size)
         super().__init__(observation_space, torso.out_features)
-        self.torso = torso
+        self.torso, self.bf16 = torso, bf16
 
     def forward(self, observations: Tensor) -> Tensor:
         """Features float32 (N, features_dim) of images in [0, 1], (N, stack, H, W)."""
-        features: Tensor = self.torso(observations)
-        return features
+        with torch.autocast(observations.device.type, torch.bfloat16, enabled=self.bf16):
+            features: Tensor = self.torso(observations)
+        return features.float()
+
+
+class MixedNatureCNN(NatureCNN):
+    """SB3's own network, with its products in bf16; what comes after it stays fp32, as ratios of probabilities need it."""
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Features float32 (N, 512) of images in [0, 1], (N, stack, H, W)."""
+        with torch.autocast(observations.device.type, torch.bfloat16):
+            features: Tensor = super().forward(observations)
+        return features.float()
 
 
 def spaces_of(shape: Sequence[int], actions: int) -> tuple[spaces.Box, spaces.Discrete]:
@@ -74,12 +85,13 @@ def spaces_of(shape: Sequence[int], actions: int) -> tuple[spaces.Box, spaces.Di
     return spaces.Box(0, 255, tuple(shape), np.uint8), spaces.Discrete(actions)
 
 
-def policy_options(backbone: str, shape: Sequence[int]) -> dict[str, Any]:
+def policy_options(backbone: str, shape: Sequence[int], bf16: bool = False) -> dict[str, Any]:
     """How SB3 is to build its policy: the backbone, and one linear layer for each output on top of it."""
     # SB3's own class, wherever it takes the images: it is the same network, and its files are then read without ours.
     if backbone == "nature" and shape[1] >= 36:
-        return {"features_extractor_class": NatureCNN, "net_arch": []}
-    return {"features_extractor_class": BackboneExtractor, "features_extractor_kwargs": {"backbone": backbone}, "net_arch": []}
+        return {"features_extractor_class": MixedNatureCNN if bf16 else NatureCNN, "net_arch": []}
+    options = {"backbone": backbone} | ({"bf16": True} if bf16 else {})
+    return {"features_extractor_class": BackboneExtractor, "features_extractor_kwargs": options, "net_arch": []}
 
 
 def make_policy(experiment: SB3Experiment, shape: Sequence[int], actions: int) -> BasePolicy:
@@ -283,10 +295,10 @@ class SB3Task(ABC):
         self.environment = environment(experiment, self.seed)
         shape = self.environment.observation_space.shape or ()
         self.facts: dict[str, Any] = {"shape": list(shape), "actions": action_names(self.environment)}
-        options = {"policy_kwargs": policy_options(experiment.backbone, shape), "device": trainer.world.device}
+        options = {"policy_kwargs": policy_options(experiment.backbone, shape, trainer.bf16), "device": trainer.world.device}
         torch.manual_seed(seeding.derive(self.seed, "weights", 0))
         self.model = self.create(self.environment, options)
-        self.model.policy.to(memory_format=torch.channels_last)  # in which convolutions are faster
+        self.model.policy.to(memory_format=trainer.layout)
         if experiment.initial_zip is not None:
             adopt(self.model.policy, Path(experiment.initial_zip))
         self.record = Record()
@@ -439,8 +451,8 @@ def check(experiment: SB3Experiment, trainer: Trainer) -> None:
     if trainer.world.size > 1:
         raise UserError("train_sb3.py runs as one process; to use more, start one run for each seed")
     config = trainer.config
-    if config.precision == "bf16" or config.compile or config.accumulate > 1:
-        raise UserError("stable-baselines3 updates in its own way: leave trainer.precision, .compile and .accumulate at their defaults")
+    if config.compile or config.accumulate > 1:
+        raise UserError("stable-baselines3 updates in its own way: leave trainer.compile and trainer.accumulate at their defaults")
     if experiment.replay.prioritised:
         raise UserError("replay.prioritised: stable-baselines3's DQN draws uniformly; train_dqn.py can prioritise")
 
@@ -473,6 +485,8 @@ def write_zip(model: BaseAlgorithm, path: Path) -> None:
         setattr(plain, name, None)
     if isinstance(plain, DQN):  # with SB3's memory, and a small one, as whoever reads the file allocates it
         plain.replay_buffer_class, plain.replay_buffer_kwargs, plain.buffer_size = None, {}, min(plain.buffer_size, 10_000)
+    if plain.policy_kwargs["features_extractor_class"] is MixedNatureCNN:  # a class that others do not have
+        plain.policy_kwargs = plain.policy_kwargs | {"features_extractor_class": NatureCNN}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
     plain.save(unfinished)

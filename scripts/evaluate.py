@@ -8,7 +8,8 @@
 For a VAE: the bound and the importance-sampled log-likelihood in nats per image. For an autoencoder: the squared error.
 For an agent: mean, median and inter-quartile mean of the real score, with a 95 % interval, beside those of people and of
 random play; several runs are taken together, run by run and then game by game. The protocol is spelt out each time. The
-scores of each run also go to evaluation.json in its folder (with --random, evaluation_random.json). RUN is a run folder, a checkpoint folder or `latest`.
+scores of each run also go to evaluation.json in its folder (evaluation_random.json with --random). RUN is a run folder, a
+checkpoint folder or `latest`.
 """
 
 from __future__ import annotations

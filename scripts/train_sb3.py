@@ -2,7 +2,7 @@
 
     python scripts/train_sb3.py configs/rl/ppo_catch.yaml
     python scripts/train_sb3.py configs/rl/ppo_pong.yaml --game.name breakout --trainer.seed 1
-    python scripts/train_sb3.py configs/rl/sb3_dqn_pong.yaml --dqn.capacity 100_000
+    python scripts/train_sb3.py configs/rl/sb3_dqn_pong.yaml --replay.capacity 1_000_000
     python scripts/train_sb3.py --resume latest
 
 The run folder that the last line names holds the settings, the metrics, the videos, the checkpoints, and in the end

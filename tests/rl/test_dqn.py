@@ -219,8 +219,8 @@ def test_targets_are_those_of_a_plain_loop_over_what_was_played(monkeypatch, n_s
     options = {"double": double, "life_loss": life_loss, "clip_rewards": clip_rewards, "learning_starts": 10_000, "discount": 0.9}
     trainer = scripted(monkeypatch, n_step=n_step, kinds=5, trainer=training(60), **options)
     task = trainer.task
-    task.target.values.data = torch.randn(task.target.values.shape, generator=torch.Generator().manual_seed(1))
     assert trainer.fit() == DONE
+    task.target.values.data = torch.randn(task.target.values.shape, generator=torch.Generator().manual_seed(1))
     rows, config = task.games.rows, trainer.experiment.dqn
     assert len(rows[0]) == 60
     chosen = [(time, game) for game in range(2) for time in range(60 - n_step) if rows[game][time]]
@@ -361,6 +361,8 @@ def test_no_gradient_flows_through_the_bootstrap_or_into_the_target_network(doub
     trainer = set_up(double=double, loss=loss, n_step=3, batch_size=32, replay=ReplayConfig(capacity=2000, prioritised=True))
     task = trainer.task
     rounds(trainer, 9)
+    torch.manual_seed(1)
+    task.target.load_state_dict(task.experiment.network((2, 12, 12), 3).state_dict())  # which prefers other actions
     task.learner.optimizer.zero_grad()
     value, _ = task.loss(Shard(0, 32, 32, 0, 1000, torch.device("cpu")), trainer)
     value.backward()

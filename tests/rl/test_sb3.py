@@ -165,6 +165,18 @@ def test_our_loop_trains_a_ppo_to_the_same_weights_as_learn_does() -> None:
     assert trainer.task.progress() == {"frames": 576, "actions": 576, "updates": STEPS * 2 * 2}
 
 
+def test_bf16_is_taken_for_what_sees_alone_and_changes_the_probabilities_little() -> None:
+    precise, coarse = (
+        Trainer(experiment("breakout", trainer=TrainerConfig(steps=1, precision=precision)), World()).task.model.policy
+        for precision in ("fp32", "bf16")
+    )
+    observations = torch.randint(0, 256, (30, 4, 36, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    exact, near = (policy.get_distribution(observations).distribution.logits for policy in (precise, coarse))
+    assert near.dtype == torch.float32
+    assert not torch.equal(exact, near)
+    torch.testing.assert_close(exact, near, atol=2e-3, rtol=0)
+
+
 def test_our_loop_trains_a_dqn_to_the_same_weights_as_learn_does() -> None:
     settings = experiment(algorithm="dqn")
     trainer = Trainer(settings, World())
@@ -304,9 +316,10 @@ def test_agents_say_what_their_values_mean(tmp_path: Path) -> None:
 # Files
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
-def test_plain_sb3_reads_what_a_run_leaves_and_plays_the_same(algorithm: str, tmp_path: Path) -> None:
-    run = new_run(settings := experiment("breakout", algorithm), tmp_path / "run")
+@pytest.mark.parametrize(("algorithm", "precision"), [("ppo", "fp32"), ("dqn", "bf16"), ("ppo", "bf16")])
+def test_plain_sb3_reads_what_a_run_leaves_and_plays_the_same(algorithm: str, precision: str, tmp_path: Path) -> None:
+    trainer = TrainerConfig(steps=STEPS, log_every=2, save_every=3, preview_every=6, precision=precision)
+    run = new_run(settings := experiment("breakout", algorithm, trainer=trainer), tmp_path / "run")
     trained(settings, run)
     exported = run.folder / "export" / "model.zip"
     model = (PPO if algorithm == "ppo" else DQN).load(exported, device="cpu")
@@ -408,7 +421,7 @@ def test_what_cannot_be_is_said_in_a_sentence() -> None:
     with pytest.raises(UserError, match="runs as one process"):
         Trainer(experiment(), World(rank=0, size=2))
     with pytest.raises(UserError, match="updates in its own way"):
-        Trainer(experiment(trainer=TrainerConfig(precision="bf16")), World())
+        Trainer(experiment(trainer=TrainerConfig(compile=True)), World())
     with pytest.raises(UserError, match="draws uniformly"):
         Trainer(experiment(replay=ReplayConfig(prioritised=True)), World())
     with pytest.raises(UserError, match="catch is none; take native"):
