@@ -839,18 +839,28 @@ def test_an_agent_is_its_averaged_weights_where_there_are_any():
     assert experiment.usual_policy == "epsilon"
 
 
-def test_an_agent_is_loaded_without_its_memory_but_training_needs_it(run, tmp_path, capsys):
-    moved = tmp_path / "copy"
-    shutil.copytree(run, moved)
-    shutil.rmtree(moved / "checkpoints" / "segments")
+@pytest.fixture
+def forgetful(run, tmp_path):
+    """A copy of the run without the rows of its memory."""
+    shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/checkpoints/segments")
+    return tmp_path / "copy"
+
+
+def test_an_agent_is_loaded_without_its_memory(run, forgetful):
     seen = observations(3)
-    assert agent.load(str(moved)).agent.values(seen).equal(agent.load(str(run)).agent.values(seen))
-    before = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()}
-    assert launched(["--resume", str(moved), "--trainer.steps", "32"]) == 2
+    for name in ("", "checkpoints/step_000000016"):
+        assert agent.load(str(forgetful / name)).agent.values(seen).equal(agent.load(str(run / name)).agent.values(seen))
+
+
+def test_a_run_that_lost_its_memory_is_not_resumed_and_nothing_of_it_is_touched(forgetful, capsys):
+    before = {path: path.read_bytes() for path in forgetful.rglob("*") if path.is_file()}
+    assert launched(["--resume", str(forgetful), "--trainer.steps", "32"]) == 2
     message = capsys.readouterr().err
     assert "segments" in message
     assert "Traceback" not in message
-    assert {path: path.read_bytes() for path in before if path.exists()}[moved / "metrics.jsonl"] == before[moved / "metrics.jsonl"]
+    kept = ("metrics.jsonl", "model.safetensors", "manifest.json")
+    assert all(path.read_bytes() == content for path, content in before.items() if path.name in kept)
 
 
 def learnt_on_catch(folder, seed):

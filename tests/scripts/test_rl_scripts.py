@@ -39,10 +39,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("preset", sorted((ROOT / "configs/rl").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_trains(preset: Path, tmp_path: Path) -> None:
     kind = "train_dqn.py" if preset.stem.startswith(("dqn", "demo")) else "train_sb3.py"
-    small = ["--dqn.learning-starts", "64", "--replay.capacity", "2000", "--game.max-frames", "200", "--test.video-steps", "20"]
-    if kind == "train_sb3.py":
-        small = ["--game.max-frames", "200", "--test.video-steps", "20", "--replay.capacity", "3000"]
-    steps = "20" if kind == "train_dqn.py" else "1"
+    small = ["--replay.capacity", "3000", "--game.max-frames", "100", "--test.video-steps", "10"]
+    small += ["--dqn.learning-starts", "64"] if kind == "train_dqn.py" else ["--ppo.epochs", "1", "--dqn.actions-per-step", "64"]
+    steps = "5" if kind == "train_dqn.py" else "1"
     call(kind, preset, *small, *QUICK, "--trainer.steps", steps, "--run-dir", preset.stem, cwd=tmp_path)
     row = json.loads((tmp_path / preset.stem / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["step"] == int(steps)
@@ -95,7 +94,7 @@ BAD_INPUT = [
     ("watch.py", ["dqn", "--out", "film.avi"], ".mp4"),
     ("watch.py", ["nowhere"], "no dqn or sb3 run here"),
     ("evaluate.py", ["dqn", "--policy", "sampled"], "take epsilon or greedy"),
-    ("evaluate.py", [], "RUN"),
+    ("evaluate.py", [], "give a run to judge"),
     ("sample.py", ["dqn"], "a run of 'dqn'"),
 ]
 
