@@ -56,7 +56,7 @@ class Growing(Stateful, Protocol):
         """The oldest row that is still needed."""
 
     def read(self, first: int, last: int) -> dict[str, Tensor]:
-        """The rows `first .. last`, on the CPU."""
+        """The rows `first .. last`, contiguous and on the CPU."""
 
     def write(self, first: int, rows: Mapping[str, Tensor]) -> None:
         """Put rows back, before `load_state_dict` puts back the rest."""
@@ -146,6 +146,7 @@ def save(root: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[st
         os.rename(temporary, final)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
+        _drop_segments(root, folders(root))
         raise
     _flush(root)
     # Later ones can only be damaged, or the run would have gone on from them.
@@ -299,6 +300,15 @@ def verify(folder: Path, segments: bool = True) -> dict[str, Any]:
     for segment in (segment for name in manifest["segments"] for segment in _segments(manifest, name) if segments):
         _check(_place(folder, segment), segment.sha256)
     return manifest
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint; empty if it is whole."""
+    try:
+        verify(folder)
+    except DamagedCheckpoint as found:
+        return str(found)
+    return ""
 
 
 def _check(path: Path, digest: str) -> None:

@@ -97,9 +97,12 @@ class Trainer:
             The length that `metrics.jsonl` had then, in bytes: 0 where there is no checkpoint yet.
 
         Raises:
-            UserError: the checkpoint does not fit the settings.
+            UserError: the checkpoint does not fit the settings, or there are some and all are damaged.
         """
         found = self.world.share(checkpoint.load_newest(run.checkpoints) if run else None)
+        if found is None and run and (left := checkpoint.folders(run.checkpoints)):
+            damage = checkpoint.damage(left[0])
+            raise UserError(f"cannot resume: no checkpoint of {run.folder} is whole ({damage}); put the file back, or start a new run")
         if found is None:
             return 0
         try:

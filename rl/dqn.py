@@ -150,20 +150,13 @@ class QNetwork(nn.Module):
 
     def forward(self, observations: Tensor) -> Tensor:
         """Q(s, a), float32 (N, actions), of observations uint8 (N, stack, H, W)."""
-        features = self.torso(as_input(observations))
+        features = self.torso(observations)
         if not self.dueling:
             values: Tensor = self.action_value(features)
             return values.float()
         features = scale_gradient(features, 0.5**0.5)  # two streams send their gradients into one torso
         value, advantage = self.value(features).float(), self.advantage(features).float()
         return dueling(value, advantage)
-
-
-def as_input(observations: Tensor) -> Tensor:
-    """Bytes as numbers in [0, 1], in the format that the network computes in."""
-    device = observations.device.type
-    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    return observations.to(kind).mul_(1 / 255)
 
 
 def dueling(value: Tensor, advantage: Tensor) -> Tensor:
@@ -270,8 +263,9 @@ class DQNTask:
 
     @property
     def first_update(self) -> int:
-        """Rounds that only play."""
-        return -(-self.config.learning_starts // self.config.train_every)
+        """Rounds that only play: until learning starts, and until the memory holds a whole return."""
+        rows = self.config.train_every // self.config.games
+        return max(-(-self.config.learning_starts // self.config.train_every), self.config.n_step // rows)
 
     def step(self, trainer: Trainer) -> Metrics:
         """A round: some actions, one update, the target network."""
@@ -334,7 +328,7 @@ class DQNTask:
 
     def loss(self, shard: Shard, trainer: Trainer) -> tuple[Tensor, Metrics]:
         """The mean cost of the errors of a batch, and metrics."""
-        beta = self.experiment.replay.beta + (1 - self.experiment.replay.beta) * shard.step / trainer.config.steps
+        beta = self.experiment.replay.beta + (1 - self.experiment.replay.beta) * shard.step / max(1, trainer.config.steps - 1)
         batch = self.replay.sample(shard.count, lambda attempt: shard.uniform(f"replay/{attempt}", 2), beta).to(shard.device)
         with torch.no_grad():
             next_online = self.learner.module(batch.next_observations) if self.config.double else None

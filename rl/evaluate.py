@@ -97,10 +97,11 @@ def check_policy(agent: Agent, policy: Policy) -> None:
 def protocol(config: GameConfig, count: int, policy: Policy, epsilon: float, seed: int) -> str:
     """In one line, how a score came about: without it nobody can compare."""
     how = f"epsilon {epsilon:g}" if policy == "epsilon" else policy
-    if config.rom in games.SMALL:
-        return f"{config.rom}, {count} whole games, {how}, seed {seed}"
-    actions = "all 18 actions" if config.full_actions else "the game's own actions"
     sticky = f"sticky actions {config.sticky:g}" if config.sticky else "no sticky actions"
+    if config.rom in games.SMALL:
+        most = f" of at most {config.max_frames:,} steps" if config.max_frames != GameConfig.max_frames else ""
+        return f"{config.rom}, {count} whole games{most}, {how}{f', {sticky}' if config.sticky else ''}, seed {seed}"
+    actions = "all 18 actions" if config.full_actions else "the game's own actions"
     return (
         f"{config.rom}, {count} whole games of at most {config.max_frames:,} frames, {how}, {sticky}, up to {config.noop_max} no-ops, "
         f"{actions}, real scores, lost lives do not end a game, seed {seed}"
@@ -161,9 +162,9 @@ def judge(loaded: Sequence[Loaded], config: PlayConfig, seed: int) -> list[list[
     Raises:
         UserError: the agents play different games, or cannot play by this policy.
     """
-    worlds = {(one.experiment.game.rom, one.experiment.game.full_actions, one.experiment.game.frame_skip) for one in loaded}
-    if len(worlds) > 1:
-        raise UserError(f"these agents play different games ({', '.join(sorted(world[0] for world in worlds))}); judge them one by one")
+    rules = {protocol(game_of(one, config), config.games, policy_of(one, config), config.epsilon, seed) for one in loaded}
+    if len(rules) > 1:
+        raise UserError(f"these agents play different games, or by different rules ({'; '.join(sorted(rules))}); judge them one by one")
     for one in loaded if not config.random else []:
         check_policy(one.agent, policy_of(one, config))
     bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True, disable=not console.is_terminal)

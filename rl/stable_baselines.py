@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import math
 import os
-import pickle
 import random
 import zipfile
 from abc import ABC, abstractmethod
@@ -349,12 +348,12 @@ class SB3Task(ABC):
     def hooks(self, trainer: Trainer) -> Sequence[Every]:
         """How far the run is, how well the agent plays, and in the end a file for other users of SB3."""
         return [
-            Every(trainer.config.log_every, self.progress),
-            Every(trainer.config.preview_every, lambda: self.progress() | self.test(trainer)),
+            Every(trainer.config.log_every, lambda: self.progress(trainer)),
+            Every(trainer.config.preview_every, lambda: self.progress(trainer) | self.test(trainer)),
             Every(trainer.config.steps, lambda: self.export(trainer)),
         ]
 
-    def progress(self) -> dict[str, float | int | str]:
+    def progress(self, trainer: Trainer) -> dict[str, float | int | str]:
         """The axes: frames of the emulator, actions, and updates so far."""
         actions = self.model.num_timesteps
         skip = 1 if self.experiment.game.rom in games.SMALL else self.experiment.game.frame_skip
@@ -519,7 +518,7 @@ def read_zip(path: Path) -> dict[str, Tensor]:
         raise UserError(f"initial_zip: {path} cannot be read ({error.strerror})") from None
     except (zipfile.BadZipFile, KeyError):
         raise UserError(f"initial_zip: {path} is no file that stable-baselines3 saved") from None
-    except (pickle.UnpicklingError, RuntimeError):
+    except Exception:  # whatever the restricted loader says of what it does not load
         weights = None
     if not isinstance(weights, dict):
         raise UserError(f"initial_zip: {path} holds something else than weights, which is not loaded since it could run code")

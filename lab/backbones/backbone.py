@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
 class Backbone(nn.Module, ABC):
-    """Images (N, C, H, W) in [0, 1] to maps, and to a vector."""
+    """Images (N, C, H, W), numbers in [0, 1] or bytes that are scaled to them, to maps and to a vector."""
 
     out_channels: tuple[int, ...]
     """Channels of each of the maps."""
@@ -22,6 +23,16 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """The vector, (N, out_features)."""
+
+
+def computed_in(device: torch.device) -> torch.dtype:
+    """The format that products are computed in now."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def as_numbers(images: Tensor) -> Tensor:
+    """Bytes as numbers in [0, 1], in the format that products are computed in; numbers as they are."""
+    return images.to(computed_in(images.device)).mul_(1 / 255) if images.dtype == torch.uint8 else images
 
 
 class ConvStack(Backbone):
@@ -42,10 +53,15 @@ class ConvStack(Backbone):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The map after each convolution."""
-        maps = [images]
-        for layer in self.layers:
+        maps = [self.first(images).relu_()]
+        for layer in self.layers[1:]:
             maps.append(layer(maps[-1]).relu_())
-        return maps[1:]
+        return maps
+
+    def first(self, images: Tensor) -> Tensor:
+        """What the first convolution makes of the images."""
+        numbers: Tensor = self.layers[0](as_numbers(images))
+        return numbers
 
     def forward(self, images: Tensor) -> Tensor:
         """The vector, (N, out_features)."""

@@ -1,8 +1,12 @@
 """The network of the DQN paper: Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518."""
 
-from torch import nn
+from typing import cast
 
-from lab.backbones.backbone import ConvStack
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lab.backbones.backbone import ConvStack, computed_in
 from lab.config import UserError
 
 
@@ -18,3 +22,27 @@ class NatureCNN(ConvStack):
         side = (((image_size - 8) // 4 + 1) - 4) // 2 + 1 - 2
         layers = [nn.Conv2d(in_channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
         super().__init__(layers, side, hidden)
+
+    def first(self, images: Tensor) -> Tensor:
+        """The first convolution; of bytes it is computed as 2x2 over blocks of 4x4, which is the same sum in another order.
+
+        Few channels and a large stride suit no processor's kernels: on a CPU with bf16 the blocks save a tenth of an update.
+        """
+        if images.dtype != torch.uint8 or images.shape[-1] % 4 or images.shape[-2] % 4:
+            return super().first(images)
+        layer = cast(nn.Conv2d, self.layers[0])
+        return F.conv2d(blocks(images).to(computed_in(images.device)), block_kernel(layer.weight) / 255, layer.bias)
+
+
+def blocks(images: Tensor) -> Tensor:
+    """Every 4x4 pixels of bytes (N, C, H, W) as 16 C channels of one: (N, 16 C, H/4, W/4), channels-last, ordered (y, C, x)."""
+    count, channels, height, width = images.shape
+    fours = images.contiguous().view(torch.int32).view(count, channels, height // 4, 4, width // 4)  # four bytes moved as one
+    mixed = fours.permute(0, 2, 4, 3, 1).reshape(count, height // 4, width // 4, 4 * channels)
+    return mixed.view(torch.uint8).permute(0, 3, 1, 2)
+
+
+def block_kernel(weight: Tensor) -> Tensor:
+    """The kernel (O, C, 8, 8) as one over blocks, (O, 16 C, 2, 2)."""
+    outputs, channels = weight.shape[:2]
+    return weight.reshape(outputs, channels, 2, 4, 2, 4).permute(0, 3, 1, 5, 2, 4).reshape(outputs, 16 * channels, 2, 2)

@@ -150,3 +150,19 @@ def test_values_and_gradients_are_those_of_plain_layers_in_a_row(name, size, sid
     assert other.grad.abs().sum() > 0
     for weight, plain_weight in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(weight.grad, plain_weight.grad)
+
+
+@pytest.mark.parametrize("size", [36, 84, 50])
+def test_nature_makes_the_same_of_bytes_as_of_the_numbers_that_they_stand_for(size):
+    torch.manual_seed(0)
+    network = create("nature", in_channels=3, image_size=size)
+    seen = torch.randint(256, (5, 3, size, size), dtype=torch.uint8)
+    outcomes = []
+    for images in (seen, seen.float() / 255, seen.flip(3).flip(3)[:, :, :, :]):
+        network.zero_grad()
+        outputs = network(images)
+        outputs.square().sum().backward()
+        outcomes.append([outputs.detach(), *(weight.grad.clone() for weight in network.parameters())])
+    for mine, same, again in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, same, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(mine, again, rtol=1e-4, atol=1e-6)

@@ -162,7 +162,7 @@ def test_our_loop_trains_a_ppo_to_the_same_weights_as_learn_does() -> None:
     model.learn(STEPS * 96, callback=Seeds(1))
     assert_same_weights(trainer.task.model.policy, model.policy)
     assert not torch.equal(fresh["action_net.weight"], model.policy.state_dict()["action_net.weight"])
-    assert trainer.task.progress() == {"frames": 576, "actions": 576, "updates": STEPS * 2 * 2}
+    assert trainer.task.progress(trainer) == {"frames": 576, "actions": 576, "updates": STEPS * 2 * 2}
 
 
 def test_bf16_is_taken_for_what_sees_alone_and_changes_the_probabilities_little() -> None:
@@ -186,7 +186,7 @@ def test_our_loop_trains_a_dqn_to_the_same_weights_as_learn_does() -> None:
     model = plain(settings, DQN, replay_buffer_class=stable_baselines.FrameMemory, **config, **exploring)
     model.learn(STEPS * 64, callback=Seeds(8), log_interval=None)
     assert_same_weights(trainer.task.model.policy, model.policy)
-    assert trainer.task.progress() == {"frames": 384, "actions": 384, "updates": (384 - 40) // 8}
+    assert trainer.task.progress(trainer) == {"frames": 384, "actions": 384, "updates": (384 - 40) // 8}
 
 
 def test_rows_hold_what_sb3_says_under_our_names(tmp_path: Path) -> None:

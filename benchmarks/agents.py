@@ -1,7 +1,7 @@
 """Environments and agents beside those of stable-baselines3, in one run on one machine.
 
-    python benchmarks/rl.py                        everything, about 15 minutes on 2 cores
-    python benchmarks/rl.py --parts envs --rounds 5
+    python benchmarks/agents.py                        everything, about 15 minutes on 2 cores
+    python benchmarks/agents.py --parts envs --rounds 5
 
     envs   actions per second of 8 games of Breakout, random actions: ale-py's own AtariVectorEnv, ours on top of it, and
            stable-baselines3's make_atari_env in a SubprocVecEnv, all with the same preprocessing
@@ -56,7 +56,7 @@ class Options:
     """Turns of each."""
     seconds: float = 20.0
     """How long a turn lasts, about."""
-    out: Path = Path("benchmarks/results/rl.json")
+    out: Path = Path("benchmarks/results/agents.json")
     """Where the figures go."""
     only: str = ""
     """Take one measurement alone, such as `dqn/ours`, and print it."""
@@ -83,7 +83,7 @@ def compare(part: str, options: Options) -> dict[str, list[float]]:
     for _ in range(options.rounds):
         for name in rates:
             words = [sys.executable, __file__, "--only", f"{part}/{name}", "--seconds", str(options.seconds)]
-            done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
             rates[name].append(float(done.stdout.splitlines()[-1]))
     return rates
 
@@ -149,14 +149,11 @@ def our_envs(seconds: float) -> float:
 
 def their_vec_env(name: str, count: int) -> Any:
     """stable-baselines3's wrappers as its documentation and its zoo use them."""
-    import ale_py
-    import gymnasium
     from stable_baselines3.common.env_util import make_atari_env
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 
-    gymnasium.register_envs(ale_py)
     kind = SubprocVecEnv if count > 1 else DummyVecEnv
-    return VecFrameStack(make_atari_env(f"{name}NoFrameskip-v4", n_envs=count, seed=0, vec_env_cls=kind), 4)
+    return VecFrameStack(make_atari_env(f"ale_py:{name}NoFrameskip-v4", n_envs=count, seed=0, vec_env_cls=kind), 4)
 
 
 def their_envs(seconds: float) -> float:
