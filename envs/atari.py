@@ -53,7 +53,13 @@ class Atari(Games):
         return self.last
 
     def step(self, actions: Integers) -> Step:
-        """Take one action in every game."""
+        """Take one action in every game.
+
+        Raises:
+            ValueError: there is no such action, of which an emulator's thread would die, and the process wait for it for ever.
+        """
+        if wrong := [int(action) for action in actions if not 0 <= action < len(self.actions)]:
+            raise ValueError(f"there is no action {wrong[0]} among 0 to {len(self.actions) - 1}")
         self._log.append(actions.astype(np.uint8))
         before, started = self.last, self.last.ended
         observations, gained, terminated, truncated, info = self._act(actions)
@@ -66,8 +72,8 @@ class Atari(Games):
             rewards,
             terminated,
             truncated & ~terminated,
-            # Some games show 0 lives for a moment before they are over, which must not count twice.
-            (lives < before.lives) & (lives > 0) & ~started,
+            # Down to 0 too: some games count the lives in reserve, and at 0 a whole one is still to come.
+            (lives < before.lives) & ~(started | terminated | truncated),
             started,
             np.where(started, 0, before.returns + rewards),
             np.where(started, 0, before.lengths + 1),

@@ -78,6 +78,8 @@ def resolve(name: str) -> str:
     key = re.sub(r"[^a-z0-9]", "", plain.lower())
     if key in known:
         return known[key]
+    if key in {two.replace("_", "") for two in TWO_PLAYERS}:
+        raise ValueError(f"name: {name!r} is a game for two players, which the emulator cannot play alone; take another one")
     nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(known[near] for near in nearest)}?" if nearest else f"the games are {', '.join(known.values())}"
     raise ValueError(f"name: no game is called {name!r}; {hint}")

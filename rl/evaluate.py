@@ -162,9 +162,12 @@ def judge(loaded: Sequence[Loaded], config: PlayConfig, seed: int) -> list[list[
     Raises:
         UserError: the agents play different games, or cannot play by this policy.
     """
+    names = {one.experiment.game.rom for one in loaded}
+    if len(names) > 1:
+        raise UserError(f"these agents play different games ({', '.join(sorted(names))}); judge them one by one")
     rules = {protocol(game_of(one, config), config.games, policy_of(one, config), config.epsilon, seed) for one in loaded}
     if len(rules) > 1:
-        raise UserError(f"these agents play different games, or by different rules ({'; '.join(sorted(rules))}); judge them one by one")
+        raise UserError(f"these agents play by different rules ({'; '.join(sorted(rules))}); judge them one by one")
     for one in loaded if not config.random else []:
         check_policy(one.agent, policy_of(one, config))
     bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True, disable=not console.is_terminal)

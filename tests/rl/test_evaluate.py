@@ -283,7 +283,7 @@ def test_agents_of_different_games_are_not_judged_together():
     for other in (GameConfig(name="bricks"), GameConfig(name="pong"), full):
         with pytest.raises(UserError, match="these agents play different games"):
             judge([loaded(game=CATCH), loaded(game=other)], PlayConfig(games=1), 0)
-    with pytest.raises(UserError, match="these agents play different games"):
+    with pytest.raises(UserError, match="these agents play by different rules"):
         judge([loaded(game=GameConfig(name="pong")), loaded(game=full)], PlayConfig(games=1), 0)
 
 
