@@ -1,19 +1,16 @@
-"""What every test leaves behind as it found it."""
+"""What every test finds: a process in which no script has run yet."""
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    """Put back what a script that ran in this process set for the whole of it."""
-    log = logging.getLogger("dreamplay")
-    threads, handlers, level, propagate = torch.get_num_threads(), list(log.handlers), log.level, log.propagate
-    yield
-    torch.set_num_threads(threads)
+def _as_if_no_script_had_run() -> None:
+    """Undo what a script sets for the whole process; fixtures of a module may have run one before."""
     torch.set_flush_denormal(False)
-    log.handlers[:], log.propagate = handlers, propagate
-    log.setLevel(level)
+    log = logging.getLogger("dreamplay")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
