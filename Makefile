@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 
 .PHONY: demo test test-slow lint figures setup setup-dev clean
 
-demo: setup  ## train an autoencoder and a VAE, draw what they learnt
+demo: setup  ## train an autoencoder, a VAE and an agent, show what they learnt
 	$(RUN) scripts/demo.py
 
 test: setup-dev  ## the default tests
@@ -19,8 +19,9 @@ lint: setup-dev  ## style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-figures: setup  ## the benchmarks of the README (about 20 minutes on 2 cores)
+figures: setup  ## the benchmarks of the README (about 30 minutes on 2 cores)
 	$(RUN) benchmarks/trainer.py
+	$(RUN) benchmarks/agents.py
 
 setup:
 	@$(PYTHON) scripts/bootstrap.py
