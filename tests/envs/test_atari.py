@@ -127,7 +127,8 @@ def agreed(name, count=2000, frame_skip=4, size=84, stack=4):
     ],
 )
 def test_games_agree_with_gymnasium_step_for_step(name, largest, ends):
-    _, steps = agreed(name)
+    kept = name in ("breakout", "qbert")  # for other tests; each takes 56 MB
+    _, steps = agreed(name) if kept else agreed.__wrapped__(name)
     assert max(abs(step.rewards[0]) for step in steps) >= largest
     assert sum(step.terminated[0] for step in steps) >= ends
 
