@@ -1,4 +1,4 @@
-"""The network of the DQN paper: Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518."""
+"""The network of the DQN paper: three convolutions over a stack of frames."""
 
 from typing import cast
 
@@ -7,19 +7,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.backbones.backbone import ConvStack, computed_in
-from lab.config import UserError
+
+SMALLEST = 36
+"""Pixels a side below which nothing would be left for the third convolution."""
 
 
 class NatureCNN(ConvStack):
     """Three convolutions (32 of 8x8 every 4, 64 of 4x4 every 2, 64 of 3x3) and a dense layer; 1.68 M weights at 84x84 with 4 frames.
 
     Weights and biases begin uniform within 1/sqrt(fan-in), as in the authors' Torch code; so do those of torch by default.
+    Images of fewer than 36 pixels get a black frame.
     """
 
+    paper = "Mnih et al. 2015, Human-level control through deep reinforcement learning, Nature 518"
+    year = 2015
+
     def __init__(self, in_channels: int, image_size: int, hidden: int = 512) -> None:
-        if image_size < 36:
-            raise UserError(f"the backbone 'nature' needs images of at least 36 pixels, not {image_size}; take 'small'")
-        side = (((image_size - 8) // 4 + 1) - 4) // 2 + 1 - 2
+        self.frame = max(0, SMALLEST - image_size)
+        side = (((image_size + self.frame - 8) // 4 + 1) - 4) // 2 + 1 - 2
         layers = [nn.Conv2d(in_channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
         super().__init__(layers, side, hidden)
 
@@ -28,6 +33,8 @@ class NatureCNN(ConvStack):
 
         Few channels and a large stride suit no processor's kernels: on a CPU with bf16 the blocks save a tenth of an update.
         """
+        before = self.frame // 2
+        images = F.pad(images, (before, self.frame - before) * 2) if self.frame else images
         if images.dtype != torch.uint8 or images.shape[-1] % 4 or images.shape[-2] % 4:
             return super().first(images)
         layer = cast(nn.Conv2d, self.layers[0])

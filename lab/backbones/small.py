@@ -1,4 +1,4 @@
-"""A network for pictures of a dozen pixels, after the one of MinAtar: Young & Tian 2019, arXiv:1903.03176."""
+"""A network for pictures of a dozen pixels."""
 
 from torch import nn
 
@@ -7,6 +7,9 @@ from lab.backbones.backbone import ConvStack
 
 class SmallCNN(ConvStack):
     """Two 3x3 convolutions, 16 and 32 channels, the second one with stride 2, and a dense layer."""
+
+    paper = "after Young & Tian 2019, MinAtar, arXiv:1903.03176"
+    year = 2019
 
     def __init__(self, in_channels: int, image_size: int, hidden: int = 128) -> None:
         layers = [nn.Conv2d(in_channels, 16, 3, padding=1), nn.Conv2d(16, 32, 3, stride=2, padding=1)]
