@@ -16,8 +16,34 @@ from lab.backbones.backbone import Backbone, dense, map_size
 from lab.config import UserError
 
 REGISTRY = {
+    "lenet": "lenet:LeNet",
+    "alexnet": "alexnet:AlexNet",
+    "vgg_small": "vgg:vgg_small",
+    "googlenet": "inception:GoogLeNet",
+    "inception_v3": "inception:InceptionV3",
+    "inception_resnet": "inception_resnet:InceptionResNet",
+    "resnet_small": "resnet:resnet_small",
+    "resnet_bottleneck": "resnet:resnet_bottleneck",
+    "resnet_preact": "resnet:resnet_preact",
+    "densenet": "densenet:DenseNet",
+    "xception": "xception:Xception",
+    "mobilenet_v2": "mobilenet:MobileNetV2",
+    "efficientnet_v2": "efficientnet:EfficientNetV2",
+    "convnext": "convnext:ConvNeXt",
     "nature": "nature:NatureCNN",
     "small": "small:SmallCNN",
+    "impala": "impala:Impala",
+    "unet": "unet:UNetBackbone",
+    "fpn": "fpn:resnet_fpn",
+    "vit": "vit:ViT",
+    "swin": "swin:Swin",
+    "dit": "dit:DiTBackbone",
+    "transformer": "transformer:TransformerBackbone",
+    "gpt": "gpt:GPTBackbone",
+    "bert": "bert:BERTBackbone",
+    "rnn": "recurrent:rnn",
+    "lstm": "recurrent:lstm",
+    "gru": "recurrent:gru",
 }
 """Where each one is built: the file in this folder, and its class or function there."""
 
