@@ -1,6 +1,7 @@
 """What every test finds: a process in which no script has run yet."""
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,3 +15,12 @@ def _as_if_no_script_had_run() -> None:
     log.handlers.clear()
     log.propagate = True
     log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Many tiny operations go faster without a pool of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
