@@ -15,17 +15,18 @@ from torch import Tensor
 
 from generative.model import (
     EvaluationConfig,
+    GeneratorExperiment,
     GeneratorModule,
-    ImageExperiment,
-    ImageTask,
+    GeneratorTask,
     encode_all,
     neighbour_accuracy,
 )
-from generative.networks import Decoder, Encoder, NetworkConfig, Shape
+from generative.networks import Decoder, Encoder, NetworkConfig
 from lab import seeding
 from lab.config import Count, NonNegative, Settings
 from lab.data import ImageSet, Split, as_float
 from lab.experiment import TrainerConfig
+from lab.images import Shape
 from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
 from lab.trainer import Trainer
@@ -50,7 +51,7 @@ class AutoencoderConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderExperiment(ImageExperiment):
+class AutoencoderExperiment(GeneratorExperiment):
     """Train an autoencoder."""
 
     experiment: ClassVar[str] = "autoencoder"
@@ -161,7 +162,7 @@ def _error(model: Autoencoder, inputs: Tensor, targets: Tensor, rows: int) -> fl
 # Training
 
 
-class AutoencoderTask(ImageTask):
+class AutoencoderTask(GeneratorTask):
     """Minimise the squared error on the training set."""
 
     experiment: AutoencoderExperiment

@@ -6,22 +6,17 @@ Every family is one file with an `EXPERIMENT` (its default settings), whose `net
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from generative.networks import Shape
-from lab import data, loading, media, runs, seeding
-from lab.checkpoint import Stateful
+from lab import loading, media, runs
 from lab.config import Count, Natural, Settings
-from lab.data import AugmentConfig, DataConfig, ImageSet, Split, as_float
-from lab.data.augment import augment
-from lab.experiment import Every, Experiment
-from lab.learner import Metrics, Shard
-from lab.optimizer import OptimizerConfig
+from lab.data import ImageSet, Split, as_float
+from lab.images import ImageExperiment, ImageTask, Shape
 from lab.trainer import Trainer
 
 FAMILIES = {"autoencoder": "generative.autoencoder", "vae": "generative.vae"}
@@ -85,58 +80,20 @@ class GeneratorModule(nn.Module, Generator):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageExperiment(Experiment, ABC):
-    """An experiment that trains a generator on a set of images."""
-
-    optimizer: OptimizerConfig
-    data: DataConfig = DataConfig()
+class GeneratorExperiment(ImageExperiment, ABC):
+    """An experiment that trains a generator."""
 
     @abstractmethod
     def network(self, shape: Shape, classes: tuple[str, ...]) -> GeneratorModule:
         """The untrained model."""
 
-    def dataset(self) -> ImageSet:
-        """The images to train and test on, on the CPU."""
-        return data.load(self.data)
 
-
-class ImageTask(ABC):
-    """Training of one module on a set of images; a family adds its loss and its test."""
-
-    def __init__(self, experiment: Any, trainer: Trainer) -> None:
-        self.experiment = experiment
-        self.data = experiment.dataset().to(trainer.world.device)
-        self.facts = {"shape": list(self.data.shape), "classes": list(self.data.classes)}
-        torch.manual_seed(seeding.derive(trainer.config.seed, "weights", 0))
-        self.model = experiment.network(self.data.shape, self.data.classes)
-        self.learner = trainer.learner(self.model, experiment.optimizer)
-
-    @abstractmethod
-    def loss(self, shard: Shard) -> tuple[Tensor, Metrics]:
-        """The mean loss over a shard, and metrics."""
+class GeneratorTask(ImageTask):
+    """Training of a generator; a family adds its loss and its test."""
 
     @abstractmethod
     def test(self, model: Any, images: int) -> dict[str, float]:
         """Scores of the judged model on some images of the test set."""
-
-    def parts(self) -> Mapping[str, Stateful]:
-        """The module, its optimiser and its average."""
-        return self.learner.parts()
-
-    def step(self, trainer: Trainer) -> Metrics:
-        """One update."""
-        return trainer.minimise(self.learner, self.loss, self.experiment.data.batch_size)
-
-    def hooks(self, trainer: Trainer) -> Sequence[Every]:
-        """Test scores and pictures, now and then."""
-        return [Every(trainer.config.preview_every, lambda: self.preview(trainer))]
-
-    def batch(self, shard: Shard) -> tuple[Tensor, Tensor]:
-        """A shard's images in [0, 1], (N, C, H, W), augmented if the settings say so, and labels, (N,)."""
-        index = shard.indices(len(self.data.train))
-        images, labels = as_float(self.data.train.images[index]), self.data.train.labels[index]
-        config: AugmentConfig = self.experiment.data.augment
-        return augment(images, config, shard.uniform("augment", 5)) if config.active else images, labels
 
     @torch.no_grad()
     def preview(self, trainer: Trainer) -> dict[str, float | int | str]:
@@ -191,7 +148,7 @@ class Loaded:
     """A trained generator and where it comes from."""
 
     model: GeneratorModule
-    experiment: ImageExperiment
+    experiment: GeneratorExperiment
     run: runs.Run
     step: int
 
@@ -206,7 +163,7 @@ def load(name: str, device: str | torch.device = "cpu") -> Loaded:
         UserError: no such run, or none of its checkpoints is whole.
     """
     found = runs.find(name, FAMILIES)
-    experiment: ImageExperiment = loading.settings_of(found.run, FAMILIES)
+    experiment: GeneratorExperiment = loading.settings_of(found.run, FAMILIES)
     saved = loading.saved(found)
     facts = saved.notes["facts"]
     model = experiment.network(tuple(facts["shape"]), tuple(facts["classes"]))

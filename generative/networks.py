@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lab import backbones
 from lab.config import Count, Settings, UserError
-
-Shape = tuple[int, int, int]
-"""Channels, height and width of an image."""
+from lab.images import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +28,8 @@ class NetworkConfig(Settings):
     """Hidden layers of the perceptron."""
     channels: Count = 32
     """Channels of the first convolution (a multiple of 8); the second has twice as many."""
+    encoder: str = ""
+    """A backbone, by name, that encodes in place of the perceptron or the convolutions; the decoder stays of the kind that is set."""
 
 
 class Encoder(nn.Module):
@@ -36,18 +37,17 @@ class Encoder(nn.Module):
 
     def __init__(self, config: NetworkConfig, shape: Shape, classes: int, outputs: int) -> None:
         super().__init__()
-        self.classes = classes
-        self.features, width = _perceptron_in(config, shape, classes) if config.kind == "mlp" else _convolutions_in(config, shape, classes)
-        self.head = nn.Linear(width, outputs)
+        self.classes, self.flat = classes, config.kind == "mlp" and not config.encoder
+        self.features: nn.Module = _body(config, shape, classes)
+        self.head = nn.Linear(config.hidden, outputs)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Vectors (N, outputs); labels (N,) enter as constant planes or as extra inputs."""
-        convolutional = isinstance(self.features[0], nn.Conv2d)
-        inputs = images if convolutional else images.flatten(1)
+        inputs = images.flatten(1) if self.flat else images
         if self.classes:
             marks = one_hot(labels, self.classes, images)
             planes = marks[:, :, None, None].expand(-1, -1, *images.shape[2:])
-            inputs = torch.cat([inputs, planes if convolutional else marks], 1)
+            inputs = torch.cat([inputs, marks if self.flat else planes], 1)
         vectors: Tensor = self.head(self.features(inputs))
         return vectors
 
@@ -75,8 +75,11 @@ def one_hot(labels: Tensor | None, classes: int, like: Tensor) -> Tensor:
     return F.one_hot(labels, classes).to(like.dtype)
 
 
-def _perceptron_in(config: NetworkConfig, shape: Shape, classes: int) -> tuple[nn.Sequential, int]:
-    return _hidden_layers(config, math.prod(shape) + classes), config.hidden
+def _body(config: NetworkConfig, shape: Shape, classes: int) -> nn.Module:
+    """What maps an image, with its label, to `config.hidden` numbers."""
+    if config.encoder:
+        return backbones.create(config.encoder, shape[0] + classes, shape[1], hidden=config.hidden)
+    return _hidden_layers(config, math.prod(shape) + classes) if config.kind == "mlp" else _convolutions_in(config, shape, classes)
 
 
 def _perceptron_out(config: NetworkConfig, shape: Shape, inputs: int) -> nn.Sequential:
@@ -88,13 +91,13 @@ def _hidden_layers(config: NetworkConfig, inputs: int) -> nn.Sequential:
     return nn.Sequential(*[layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())])
 
 
-def _convolutions_in(config: NetworkConfig, shape: Shape, classes: int) -> tuple[nn.Sequential, int]:
+def _convolutions_in(config: NetworkConfig, shape: Shape, classes: int) -> nn.Sequential:
     width, (height, breadth) = config.channels, _quarter(config, shape)
     return nn.Sequential(
         nn.Conv2d(shape[0] + classes, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU(),
         nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.GroupNorm(8, 2 * width), nn.SiLU(),
         nn.Flatten(), nn.Linear(2 * width * height * breadth, config.hidden), nn.SiLU(),
-    ), config.hidden  # fmt: skip
+    )  # fmt: skip
 
 
 def _convolutions_out(config: NetworkConfig, shape: Shape, inputs: int) -> nn.Sequential:

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generative.model import EvaluationConfig, GeneratorModule, ImageExperiment, ImageTask, neighbour_accuracy
-from generative.networks import Decoder, Encoder, NetworkConfig, Shape
+from generative.model import EvaluationConfig, GeneratorExperiment, GeneratorModule, GeneratorTask, neighbour_accuracy
+from generative.networks import Decoder, Encoder, NetworkConfig
 from lab import seeding
 from lab.config import Count, Natural, NonNegative, Settings
 from lab.data import ImageSet, Split, as_float
 from lab.experiment import TrainerConfig
+from lab.images import Shape
 from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
 from lab.recorder import track
@@ -66,7 +67,7 @@ class VAEConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAEExperiment(ImageExperiment):
+class VAEExperiment(GeneratorExperiment):
     """Train a variational autoencoder."""
 
     experiment: ClassVar[str] = "vae"
@@ -257,7 +258,7 @@ def _draw(kind: Callable[..., Tensor], seed: int, stream: str, index: int, like:
 # Training
 
 
-class VAETask(ImageTask):
+class VAETask(GeneratorTask):
     """Maximise the bound on the training set."""
 
     experiment: VAEExperiment

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 import tyro
 
-from lab import distributed, media, runs
+from lab import checkpoint, distributed, media, runs
 from lab.config import ConfigError, Given, Resolved, UserError, dump, leaves, read_arguments, read_yaml, resolve
 from lab.distributed import World
 from lab.experiment import Experiment
@@ -61,6 +61,11 @@ class Order:
     resume: Run | None
     folder: Path | None
     show: bool
+
+    @property
+    def fresh(self) -> bool:
+        """Whether there is no checkpoint to go on from."""
+        return not (self.resume and checkpoint.folders(self.resume.checkpoints))
 
 
 def _launch(default: Experiment, about: str, argv: Sequence[str]) -> int:
@@ -153,7 +158,7 @@ def _train(order: Order) -> int:
     trainer_config = experiment.trainer
     world = distributed.join(trainer_config.device, trainer_config.threads, trainer_config.deterministic)
     if not world.main:
-        trainer = Trainer(experiment, world)
+        trainer = Trainer(experiment, world, order.fresh)
         trainer.resume(None)
         status = trainer.fit()
         world.leave()
@@ -166,7 +171,7 @@ def _train_main(order: Order, experiment: Experiment, world: World) -> int:
     config = dump(experiment, experiment.experiment)
     # Both first, so that a mistake in the data or a missing key leaves no empty run behind.
     resolved_mode(experiment.tracking)
-    trainer = Trainer(experiment, world)
+    trainer = Trainer(experiment, world, order.fresh)
     run = order.resume or runs.create(experiment.name, order.folder, config)
     with ExitStack() as stack:
         stack.enter_context(runs.owned(run))

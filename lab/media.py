@@ -95,6 +95,48 @@ def plot_rows(path: Path, rows: Sequence[dict[str, Any]], keys: Sequence[str], t
     figure.savefig(path, dpi=110)
 
 
+def matrix(counts: Sequence[Sequence[int]], names: Sequence[str], columns: str, rows: str) -> Tensor:
+    """A square table of counts as a picture (3, H, W), every row coloured by its shares; zeros are left empty."""
+    from matplotlib.figure import Figure
+
+    size = max(4.0, 0.36 * len(names) + 1.2)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for y, row in enumerate(counts):
+        for x, count in enumerate(row):
+            if count:
+                axes.text(x, y, str(count), ha="center", va="center", fontsize=7, color="white" if shares[y][x] > 0.5 else "black")
+    axes.set(xlabel=columns, ylabel=rows, xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
+    return _drawn(figure)
+
+
+def captioned(images: Tensor, captions: Sequence[str], columns: int = 5) -> Tensor:
+    """Images (N, C, H, W) in [0, 1] with a line of text above each, as a picture (3, H', W'); N may be 0."""
+    from matplotlib.figure import Figure
+
+    rows = max(1, math.ceil(len(images) / columns))
+    figure = Figure(figsize=(1.5 * columns, 1.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in panels:
+        axes.axis("off")
+    for axes, image, caption in zip(figure.axes, images.cpu(), captions):
+        axes.imshow(image.movedim(0, -1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(caption, fontsize=8)
+    return _drawn(figure)
+
+
+def _drawn(figure: Any) -> Tensor:
+    """A figure as a picture (3, H, W) in [0, 1]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(110)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).movedim(-1, 0) / 255
+
+
 def _fit(axes: Any, values: Sequence[float]) -> None:
     """Keep the first, steep part of a curve from flattening the rest."""
     late = sorted(value for value in values[len(values) // 20 :] if math.isfinite(value))

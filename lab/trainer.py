@@ -81,7 +81,11 @@ class TrainingStopped(Exception):
 class Trainer:
     """Runs a task from its last checkpoint to the last step."""
 
-    def __init__(self, experiment: Experiment, world: World) -> None:
+    def __init__(self, experiment: Experiment, world: World, fresh: bool = True) -> None:
+        """Args:
+        fresh: whether training begins with the first step; otherwise a checkpoint will replace whatever the task begins with.
+        """
+        self.fresh = fresh
         self.experiment, self.config, self.world = experiment, experiment.trainer, world
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.window = Window()
@@ -198,6 +202,21 @@ class Trainer:
         if self.world.size > 1:
             self._parallel[learner] = DistributedDataParallel(learner)
         return learner
+
+    def freeze(self, learner: Learner, modules: Sequence[nn.Module]) -> None:
+        """From now on hold the weights of some modules inside a learner, and let all its others learn.
+
+        Held modules are in evaluation mode: their running statistics and dropout rest too.
+        """
+        held = {weight for module in modules for weight in module.parameters()}
+        changed = [weight for weight in learner.weights if weight.requires_grad == (weight in held)]
+        for weight in changed:
+            weight.requires_grad_(weight not in held)
+        learner.module.train()
+        for module in modules:
+            module.eval()
+        if changed and learner in self._parallel:
+            self._parallel[learner] = DistributedDataParallel(learner)  # which looks at what learns only when it is made
 
     def picture(self, name: str, image: Tensor, scale: int = 2) -> dict[str, str]:
         """Save a picture (C, H, W) of this step in media/; returns its entry for the step's row."""

@@ -1,0 +1,82 @@
+"""Training one module on a labelled set of images: what generators and classifiers have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lab import data, seeding
+from lab.checkpoint import Stateful
+from lab.data import DataConfig, ImageSet, as_float
+from lab.data.augment import augment
+from lab.experiment import Every, Experiment
+from lab.learner import Metrics, Shard
+from lab.optimizer import OptimizerConfig
+from lab.trainer import Trainer
+
+Shape = tuple[int, int, int]
+"""Channels, height and width of an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageExperiment(Experiment, ABC):
+    """An experiment that trains a module on a set of images."""
+
+    optimizer: OptimizerConfig
+    data: DataConfig = DataConfig()
+
+    @abstractmethod
+    def network(self, shape: Shape, classes: tuple[str, ...]) -> nn.Module:
+        """The untrained model."""
+
+    def dataset(self) -> ImageSet:
+        """The images to train and test on, on the CPU."""
+        return data.load(self.data)
+
+
+class ImageTask(ABC):
+    """Training of one module on a set of images; a kind of model adds its loss and its preview."""
+
+    def __init__(self, experiment: Any, trainer: Trainer) -> None:
+        self.experiment = experiment
+        self.data = experiment.dataset().to(trainer.world.device)
+        self.facts: dict[str, Any] = {"shape": list(self.data.shape), "classes": list(self.data.classes)}
+        torch.manual_seed(seeding.derive(trainer.config.seed, "weights", 0))
+        self.model = self.build(trainer)
+        self.learner = trainer.learner(self.model, experiment.optimizer)
+
+    def build(self, trainer: Trainer) -> Any:
+        """The module at the first step."""
+        return self.experiment.network(self.data.shape, self.data.classes)
+
+    @abstractmethod
+    def loss(self, shard: Shard) -> tuple[Tensor, Metrics]:
+        """The mean loss over a shard, and metrics."""
+
+    @abstractmethod
+    def preview(self, trainer: Trainer) -> dict[str, float | int | str]:
+        """Test scores and pictures of this moment."""
+
+    def parts(self) -> Mapping[str, Stateful]:
+        """The module, its optimiser and its average."""
+        return self.learner.parts()
+
+    def step(self, trainer: Trainer) -> Metrics:
+        """One update."""
+        return trainer.minimise(self.learner, self.loss, self.experiment.data.batch_size)
+
+    def hooks(self, trainer: Trainer) -> Sequence[Every]:
+        """Test scores and pictures, now and then."""
+        return [Every(trainer.config.preview_every, lambda: self.preview(trainer))]
+
+    def batch(self, shard: Shard) -> tuple[Tensor, Tensor]:
+        """A shard's images in [0, 1], (N, C, H, W), augmented if the settings say so, and labels, (N,)."""
+        index = shard.indices(len(self.data.train))
+        images, labels = as_float(self.data.train.images[index]), self.data.train.labels[index]
+        config = self.experiment.data.augment
+        return augment(images, config, shard.uniform("augment", 5)) if config.active else images, labels
