@@ -9,7 +9,9 @@ an untrained last layer do not wreck what was learnt before.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -20,7 +22,8 @@ from torch.nn import functional as F
 from lab import backbones, loading, media, runs
 from lab.checkpoint import Checkpoint
 from lab.config import Decay, Natural, Settings, UserError
-from lab.data import AugmentConfig, DataConfig, ImageSet, Split, as_float
+from lab.data import AugmentConfig, DataConfig, Split, as_float, photo
+from lab.data.photo import Framing
 from lab.experiment import TrainerConfig
 from lab.images import ImageExperiment, ImageTask, Shape
 from lab.learner import Metrics, Shard
@@ -179,7 +182,7 @@ class ClassifierTask(ImageTask):
 
     def __init__(self, experiment: ClassifierExperiment, trainer: Trainer) -> None:
         super().__init__(experiment, trainer)
-        self.facts |= {"ground": border(self.data.train)}
+        self.facts |= {"framing": dataclasses.asdict(photo.framing(self.data.train))}
 
     def build(self, trainer: Trainer) -> Classifier:
         """The model at the first step: untrained, or with the weights of another run."""
@@ -220,23 +223,17 @@ class ClassifierTask(ImageTask):
         )
 
 
-def border(split: Split) -> float:
-    """The mean grey at the images' borders, in [0, 1]: what pictures of this set stand on."""
-    images = as_float(split.spread(2000).images)
-    return float(torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], -1).mean())
-
-
-def confusion(result: Judgement, images: ImageSet) -> Tensor:
+def confusion(result: Judgement, classes: Sequence[str]) -> Tensor:
     """The confusion matrix as a picture (3, H, W)."""
-    return media.matrix(result.confusion.tolist(), images.classes, "predicted", "true")
+    return media.matrix(result.confusion.tolist(), classes, "predicted", "true")
 
 
-def mistakes(result: Judgement, images: ImageSet, count: int = 20) -> Tensor:
+def mistakes(result: Judgement, split: Split, classes: Sequence[str], count: int = 20) -> Tensor:
     """The surest mistakes as a picture (3, H, W): each image with what it is, what it was taken for and how surely."""
     chosen = result.wrong[:count]
     rows = zip(result.labels[chosen].tolist(), result.predicted[chosen].tolist(), result.probabilities[chosen].amax(1).tolist())
-    captions = [f"{images.classes[label]} → {images.classes[guess]} {100 * sure:.0f} %" for label, guess, sure in rows]
-    return media.captioned(as_float(images.test.images[chosen]), captions)
+    captions = [f"{classes[label]} → {classes[guess]} {100 * sure:.0f} %" for label, guess, sure in rows]
+    return media.captioned(as_float(split.images[chosen]), captions)
 
 
 # Transfer and loading
@@ -279,8 +276,8 @@ class Loaded:
     experiment: ClassifierExperiment
     run: Run
     step: int
-    ground: float
-    """The mean grey at the borders of the images that it was trained on."""
+    framing: Framing
+    """How the images are framed that it was trained on."""
 
 
 def load(name: str, device: str | torch.device = "cpu") -> Loaded:
@@ -298,7 +295,7 @@ def load(name: str, device: str | torch.device = "cpu") -> Loaded:
     facts = saved.notes["facts"]
     model = experiment.network(tuple(facts["shape"]), tuple(facts["classes"]))
     model.load_state_dict(trained_weights(saved))
-    return Loaded(model.to(device).eval().requires_grad_(False), experiment, found.run, saved.step, facts["ground"])
+    return Loaded(model.to(device).eval().requires_grad_(False), experiment, found.run, saved.step, Framing(**facts["framing"]))
 
 
 EXPERIMENT = ClassifierExperiment()

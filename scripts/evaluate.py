@@ -5,6 +5,7 @@
     python scripts/evaluate.py RUN --games 100 --policy greedy
     python scripts/evaluate.py RUN RUN RUN                       the seeds of one setting together
 
+For a classifier: accuracy with its 95 % interval, the confusion matrix and the surest mistakes as pictures in media/.
 For a VAE: the bound and the importance-sampled log-likelihood in nats per image. For an autoencoder: the squared error.
 For an agent: mean, median and inter-quartile mean of the real score, with a 95 % interval, beside those of people and of
 random play; several runs are taken together, run by run and then game by game. The protocol is spelt out each time. The
@@ -26,7 +27,7 @@ from rich.table import Table
 
 from generative import model as generative
 from generative.model import EvaluationConfig
-from lab import runs
+from lab import classifier, media, runs
 from lab.config import UserError
 from lab.launch import guarded
 from lab.recorder import console, speak
@@ -68,14 +69,28 @@ def judge(options: Options) -> dict[str, Any]:
     """The scores of the runs together; those of each run are also written to its folder."""
     if not options.runs:
         raise UserError("give a run to judge: its folder, a checkpoint folder of it, or `latest`")
-    found = [runs.find(name, generative.FAMILIES | rl.FAMILIES) for name in options.runs]
+    found = [runs.find(name, generative.FAMILIES | rl.FAMILIES | classifier.FAMILIES) for name in options.runs]
     if all(each.run.experiment in rl.FAMILIES for each in found):
         return judge_agents(options)
     if len(found) > 1:
         raise UserError("several runs can be judged together only if all are agents; name one run")
+    if found[0].run.experiment in classifier.FAMILIES:
+        return judge_classifier(options)
     loaded = generative.load(options.runs[0], options.device)
     scores = loaded.model.evaluate(loaded.experiment.dataset().to(options.device), options.images)
     return written(loaded.run, {"experiment": loaded.experiment.experiment, "step": loaded.step, **scores})
+
+
+def judge_classifier(options: Options) -> dict[str, Any]:
+    """A classifier on its test set, with pictures of what it takes for what."""
+    loaded = classifier.load(options.runs[0], options.device)
+    images = loaded.experiment.dataset().to(options.device)
+    split = images.test.spread(options.images.images)
+    result = classifier.judge(loaded.model, split)
+    media.save_png(loaded.run.media / "confusion.png", classifier.confusion(result, images.classes), 1)
+    media.save_png(loaded.run.media / "mistakes.png", classifier.mistakes(result, split, images.classes), 1)
+    scores = {"protocol": f"{images.name} test, {len(split)} images; 95 % interval by Wilson's formula", **result.scores()}
+    return written(loaded.run, {"experiment": "classifier", "step": loaded.step, **scores})
 
 
 def judge_agents(options: Options) -> dict[str, Any]:

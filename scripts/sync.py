@@ -17,12 +17,12 @@ from typing import Annotated, Literal
 import tyro
 
 from generative import model as generative
-from lab import loading, runs
+from lab import classifier, loading, runs
 from lab.launch import guarded, tracked
 from lab.tracking import replay
 from rl import agent as rl
 
-FAMILIES = generative.FAMILIES | rl.FAMILIES
+FAMILIES = generative.FAMILIES | rl.FAMILIES | classifier.FAMILIES
 
 
 @dataclass(frozen=True)

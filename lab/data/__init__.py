@@ -27,6 +27,8 @@ class DataConfig(Settings):
     """Pixels a side; images of another size are resized with antialiasing, those that are not square cropped at the centre."""
     greyscale: bool = True
     """One channel; false keeps three colours, which only folder has."""
+    classes: tuple[str, ...] = ()
+    """Only the images of these classes; empty: all that the set has."""
     test_fraction: Fraction = 0.1
     """Share of every class that is kept for testing, for folder alone: the other sets have their own test part."""
     augment: AugmentConfig = AugmentConfig()
@@ -49,6 +51,11 @@ def load(config: DataConfig) -> ImageSet:
     Raises:
         DataError: files are missing, damaged or not what they should be; the text says which, and what to do.
     """
+    images = _whole(config)
+    return images.only(config.classes) if config.classes else images
+
+
+def _whole(config: DataConfig) -> ImageSet:
     if config.name == "folder":
         return folder.load(config.root, config.image_size, config.greyscale, config.test_fraction)
     if config.name == "digits":

@@ -70,14 +70,14 @@ def _read(pictures: Sequence[Picture], side: int, greyscale: bool, advance: Call
     """All pictures, decoded by several threads (Pillow lets go of Python's lock while it decodes)."""
     images = torch.empty((len(pictures), 1 if greyscale else 3, side, side), dtype=torch.uint8)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        decoded = pool.map(lambda picture: _decode(picture.path, side, greyscale), pictures)
+        decoded = pool.map(lambda picture: decode(picture.path, side, greyscale), pictures)
         for index, image in enumerate(decoded):
             images[index] = image
             advance(1)
     return Split(images, torch.tensor([picture.label for picture in pictures], dtype=torch.int64))
 
 
-def _decode(path: Path, side: int, greyscale: bool) -> Tensor:
+def decode(path: Path, side: int, greyscale: bool) -> Tensor:
     """One picture as uint8 (C, side, side), upright as its camera noted it, without its transparency."""
     import numpy as np
     from PIL import Image, ImageOps

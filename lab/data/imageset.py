@@ -35,6 +35,13 @@ class Split:
         """The same split on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def only(self, labels: Sequence[int]) -> Split:
+        """The images with some labels, which count from 0 in the given order."""
+        wanted = torch.tensor(labels, device=self.labels.device)
+        matches = self.labels[:, None] == wanted
+        kept = matches.any(1)
+        return Split(self.images[kept], matches[kept].int().argmax(1))
+
     def spread(self, count: int) -> Split:
         """`count` of the images, evenly spaced, so that a set sorted by class gives some of each; all where it has no more."""
         if count >= len(self):
@@ -61,6 +68,18 @@ class ImageSet:
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on another device."""
         return dataclasses.replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def only(self, classes: Sequence[str]) -> ImageSet:
+        """The images of some classes alone, labelled in the order in which the set has them.
+
+        Raises:
+            DataError: the set has no such class.
+        """
+        if unknown := [name for name in classes if name not in self.classes]:
+            raise DataError(f"data.classes: {self.name} has no class {', '.join(unknown)}; it has {', '.join(self.classes)}")
+        kept = [label for label, name in enumerate(self.classes) if name in classes]
+        train, test = (split.only(kept) for split in (self.train, self.test))
+        return dataclasses.replace(self, classes=tuple(self.classes[label] for label in kept), train=train, test=test)
 
     def resized(self, side: int) -> ImageSet:
         """The same set with images of `side` x `side` pixels; the set itself where they already are."""
