@@ -21,9 +21,9 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def weights(self, *args: Any, **kwargs: Any) -> Tensor:
-        """How much each query looks at each key: (N, queries, keys) or (N, heads, queries, keys), every row sums to 1.
+        """How much each query looks at each key: (N, queries, keys) or (N, heads, queries, keys).
 
-        It takes the arguments of `forward`, and leaves out dropout.
+        A row sums to 1, or to 0 where a query may look nowhere. It takes the arguments of `forward`, and leaves out dropout.
         """
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.attention import Attention
+from lab.attention.masks import masked_softmax
 
 Rotation = Callable[[Tensor, int], Tensor]
 """Turns queries or keys (N, heads, L, d), the first of which stands at the given position."""
@@ -29,8 +30,7 @@ def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
 
 def scaled_dot_product_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(Q K^T / sqrt(d)), (..., L, S): what the fused kernel never writes down."""
-    scores = (query @ key.mT).float() / math.sqrt(query.shape[-1])
-    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+    return masked_softmax((query @ key.mT).float() / math.sqrt(query.shape[-1]), mask)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
@@ -120,9 +120,10 @@ class MultiHead(Attention):
 
     def _split(self, queries: Tensor, keys: Tensor | None, values: Tensor | None, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Projected queries, keys and values, (N, heads, length, width / heads) each."""
-        if keys is None:
+        if keys is None and values is None:
             parts = self.inputs(queries).chunk(3, -1)  # one product instead of three
         else:
+            keys = queries if keys is None else keys
             given = (queries, keys, keys if values is None else values)
             matrices = zip(self.inputs.weight.chunk(3), self.inputs.bias.chunk(3))
             parts = tuple(F.linear(each, weight, bias) for each, (weight, bias) in zip(given, matrices))
