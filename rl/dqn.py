@@ -59,7 +59,7 @@ class DQNConfig(Settings):
     """The algorithm. All counts of actions are over all games together; an action is four frames of the emulator."""
 
     backbone: str = "nature"
-    """Network that sees: nature for 84x84 pixels, small for the small games."""
+    """Network that sees: nature for 84x84 pixels, small for the small games, or any other that `python scripts/backbones.py` lists."""
     hidden: Count = 512
     """Width of the dense layer, or of each of the two streams."""
     double: bool = True

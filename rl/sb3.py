@@ -120,7 +120,8 @@ class SB3Experiment(AgentExperiment):
     environments: Literal["native", "classic"] = "native"
     """classic: SB3's own Atari wrappers, to compare with; slower, and such a run cannot be resumed."""
     backbone: str = "nature"
-    """Network that sees: nature for 84x84 pixels (SB3's own copy of it, so that others can read its files), small for the small games."""
+    """Network that sees: nature for 84x84 pixels (SB3's own copy of it, so that others can read its files), small for the small games, or
+    any other that `python scripts/backbones.py` lists."""
     life_loss: bool = True
     """A lost life ends the episode for the learner, not the game."""
     clip_rewards: bool = True

@@ -53,12 +53,16 @@ from rl.sb3 import PPOConfig, SB3DQNConfig, SB3Experiment
 # Networks
 
 
+HIDDEN = 512
+"""Units over the whole last map, as in SB3's own network: an agent must know where things are, which their mean over places forgets."""
+
+
 class BackboneExtractor(BaseFeaturesExtractor):
     """One of our backbones as the part of an SB3 policy that sees; the products in bf16 where that is asked for."""
 
     def __init__(self, observation_space: spaces.Box, backbone: str, bf16: bool = False) -> None:
         frames, size, _ = observation_space.shape
-        torso = backbones.create(backbone, frames, size)
+        torso = backbones.create(backbone, frames, size, hidden=HIDDEN)
         super().__init__(observation_space, torso.out_features)
         self.torso, self.bf16 = torso, bf16
 
