@@ -200,7 +200,7 @@ class ClassifierTask(ImageTask):
 
     def frozen(self, step: int) -> list[nn.Module]:
         """The parts that are held at a step."""
-        parts = self.model.body.sequence
+        parts = [part for part in self.model.body.sequence if any(True for _ in part.parameters())]  # others have nothing to thaw
         thawed = step // self.experiment.thaw_every if self.experiment.thaw_every else 0
         return parts[: max(0, len(parts) - thawed)]
 
@@ -216,11 +216,8 @@ class ClassifierTask(ImageTask):
         with self.learner.judged() as judged:
             result = judge(cast(Classifier, judged), self.data.test)
         scores = {f"eval/{name}": value for name, value in result.scores().items() if name in ("accuracy", "errors", "nll")}
-        return (
-            scores
-            | trainer.picture("mistakes", mistakes(result, self.data), 1)
-            | trainer.picture("confusion", confusion(result, self.data), 1)
-        )
+        pictures = trainer.picture("mistakes", mistakes(result, self.data.test, self.data.classes), 1)
+        return scores | pictures | trainer.picture("confusion", confusion(result, self.data.classes), 1)
 
 
 def confusion(result: Judgement, classes: Sequence[str]) -> Tensor:
@@ -259,7 +256,8 @@ def begin(model: Classifier, saved: Checkpoint, init: str) -> None:
     weights, same = trained_weights(saved), tuple(saved.notes["facts"]["classes"]) == model.classes
     own = model.state_dict()
     taken = {name: weight for name, weight in weights.items() if same or not name.startswith("head.")}
-    if misfit := [name for name in own if name not in weights or (name in taken and taken[name].shape != own[name].shape)]:
+    both = own.keys() & weights.keys()
+    if misfit := [name for name in {**own, **weights} if name not in both or (name in taken and taken[name].shape != own[name].shape)]:
         channels, height, width = saved.notes["facts"]["shape"]
         raise UserError(
             f"init {init}: its weights do not fit this network (first at {misfit[0]}); use the same model.backbone, and images of its "

@@ -183,7 +183,7 @@ def _read_one(given: Given, kind: Any) -> Any:
         if kinds is None:
             raise ValueError
         return tuple(read(Given(item, given.where), member) for item, member in zip(texts, kinds, strict=True))
-    if bare is bool and not text and given.where == COMMAND_LINE:
+    if bare is bool and text == () and given.where == COMMAND_LINE:
         return True  # --freeze means --freeze true
     if not isinstance(text, str):
         raise ValueError

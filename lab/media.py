@@ -108,7 +108,9 @@ def matrix(counts: Sequence[Sequence[int]], names: Sequence[str], columns: str, 
         for x, count in enumerate(row):
             if count:
                 axes.text(x, y, str(count), ha="center", va="center", fontsize=7, color="white" if shares[y][x] > 0.5 else "black")
-    axes.set(xlabel=columns, ylabel=rows, xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
+    axes.set(xlabel=columns, ylabel=rows)
+    axes.set_xticks(range(len(names)), names, parse_math=False)  # a $ in a name is a $
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     return _drawn(figure)
 
 
@@ -122,8 +124,8 @@ def captioned(images: Tensor, captions: Sequence[str], columns: int = 5) -> Tens
     for axes in panels:
         axes.axis("off")
     for axes, image, caption in zip(figure.axes, images.cpu(), captions):
-        axes.imshow(image.movedim(0, -1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(caption, fontsize=8)
+        axes.imshow(image.movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(caption, fontsize=8, parse_math=False)
     return _drawn(figure)
 
 

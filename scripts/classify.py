@@ -53,6 +53,8 @@ def main() -> int:
         raise UserError("give a photo to look at, or several")
     if options.top < 1:
         raise UserError(f"--top {options.top}: name at least one class")
+    if options.out and options.out.suffix != ".png":
+        raise UserError(f"--out {options.out}: pictures are written as .png")
     loaded = classifier.load(options.run)
     photos = [photo.read(path, loaded.model.shape, loaded.framing, options.invert) for path in options.photos]
     answers = [answer(options, loaded, path, ready) for path, ready in zip(options.photos, photos)]

@@ -30,7 +30,7 @@ class Embeddings(nn.Module):
         return placed
 
 
-def bert_layers(width: int, heads: int, layers: int, dropout: float) -> Encoder:
+def bert_layers(width: int, layers: int, heads: int, dropout: float) -> Encoder:
     """Post-norm layers with GELU."""
     return Encoder([EncoderLayer(width, heads, activation="gelu", dropout=dropout) for _ in range(layers)])
 
@@ -47,7 +47,7 @@ class BERT(nn.Module):
         self.vocabulary = vocabulary
         self.embedding = nn.Embedding(vocabulary + 1, width)
         self.embeddings = Embeddings(context, width, dropout)
-        self.encoder = bert_layers(width, heads, layers, dropout)
+        self.encoder = bert_layers(width, layers, heads, dropout)
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.bias = nn.Parameter(torch.zeros(vocabulary))
         normal_weights(self)
@@ -90,9 +90,9 @@ class BERTBackbone(PatchBackbone):
     paper = "Devlin et al. 2018, BERT, arXiv:1810.04805"
     year = 2018
 
-    def __init__(self, in_channels: int, image_size: int, width: int = 64, heads: int = 4, layers: int = 6, dropout: float = 0.0) -> None:
+    def __init__(self, in_channels: int, image_size: int, width: int = 64, layers: int = 6, heads: int = 4, dropout: float = 0.0) -> None:
         patches = Patches(in_channels, image_size, width)
         # The paper's pooler reads the token [CLS]; a map has no place for one, so here it reads the mean.
         pooler = nn.Sequential(Average(), nn.Linear(width, width), nn.Tanh())
-        super().__init__(patches, Embeddings(patches.count, width, dropout), bert_layers(width, heads, layers, dropout), pooler)
+        super().__init__(patches, Embeddings(patches.count, width, dropout), bert_layers(width, layers, heads, dropout), pooler)
         normal_weights(self)

@@ -4,7 +4,8 @@
                  x = x + g_2 feed(norm(x) (1 + s_2) + b_2)
 
 Shifts b, scales s and gates g are a dense layer of what the model is told, the time and the class; it begins as zero, so
-that every block begins as the identity and the whole model as zero.
+that every block begins as the identity and the whole model as zero. Products within the blocks begin as torch's do; the paper
+draws them by Xavier's rule.
 """
 
 from __future__ import annotations
@@ -159,6 +160,6 @@ class DiTBackbone(PatchBackbone):
     paper = "Peebles & Xie 2023, Scalable diffusion models with Transformers, arXiv:2212.09748"
     year = 2023
 
-    def __init__(self, in_channels: int, image_size: int, width: int = 64, heads: int = 4, layers: int = 6) -> None:
+    def __init__(self, in_channels: int, image_size: int, width: int = 64, layers: int = 6, heads: int = 4) -> None:
         patches = Patches(in_channels, image_size, width)
         super().__init__(patches, Sinusoidal2d(*patches.grid, width), DiTEncoder(width, layers, heads), Average())

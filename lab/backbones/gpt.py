@@ -21,7 +21,7 @@ from lab.attention.positions import Learned, Rotary
 from lab.backbones.transformer import Encoder, EncoderLayer, PatchBackbone, Patches, normal_weights
 
 
-def gpt_layers(width: int, heads: int, layers: int, dropout: float, rotary: bool) -> Encoder:
+def gpt_layers(width: int, layers: int, heads: int, dropout: float, rotary: bool) -> Encoder:
     """Pre-norm causal layers with GELU (the exact one; GPT-2's is an approximation with tanh)."""
     rotation = Rotary() if rotary else None
     stack = [
@@ -64,7 +64,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(vocabulary, width)
         self.positions = Learned(context, width) if positions == "learned" else None
         self.dropout = nn.Dropout(dropout)
-        self.encoder = gpt_layers(width, heads, layers, dropout, positions == "rotary")
+        self.encoder = gpt_layers(width, layers, heads, dropout, positions == "rotary")
         initialise(self)
 
     def forward(self, tokens: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
@@ -145,7 +145,7 @@ class GPTBackbone(PatchBackbone):
     paper = "Radford et al. 2019, Language models are unsupervised multitask learners (GPT-2)"
     year = 2019
 
-    def __init__(self, in_channels: int, image_size: int, width: int = 64, heads: int = 4, layers: int = 6, dropout: float = 0.0) -> None:
+    def __init__(self, in_channels: int, image_size: int, width: int = 64, layers: int = 6, heads: int = 4, dropout: float = 0.0) -> None:
         patches = Patches(in_channels, image_size, width)
-        super().__init__(patches, Learned(patches.count, width), gpt_layers(width, heads, layers, dropout, False), LastPlace())
+        super().__init__(patches, Learned(patches.count, width), gpt_layers(width, layers, heads, dropout, False), LastPlace())
         initialise(self)

@@ -203,7 +203,7 @@ class Transformer(nn.Module):
     One matrix embeds the tokens of both sequences and gives the logits (section 3.4).
     """
 
-    def __init__(self, vocabulary: int, width: int = 128, heads: int = 4, layers: int = 3, dropout: float = 0.0) -> None:
+    def __init__(self, vocabulary: int, width: int = 128, layers: int = 3, heads: int = 4, dropout: float = 0.0) -> None:
         """Args:
         vocabulary: how many different tokens there are.
         layers: of the encoder, and as many of the decoder.
@@ -362,7 +362,7 @@ class TransformerBackbone(PatchBackbone):
     paper = "Vaswani et al. 2017, Attention is all you need, arXiv:1706.03762"
     year = 2017
 
-    def __init__(self, in_channels: int, image_size: int, width: int = 64, heads: int = 4, layers: int = 6, dropout: float = 0.0) -> None:
+    def __init__(self, in_channels: int, image_size: int, width: int = 64, layers: int = 6, heads: int = 4, dropout: float = 0.0) -> None:
         patches = Patches(in_channels, image_size, width)
         encoder = Encoder([EncoderLayer(width, heads, dropout=dropout) for _ in range(layers)])
         # One decoder layer of 6: with one query there is little to decode.

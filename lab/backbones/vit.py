@@ -30,8 +30,8 @@ class ViT(PatchBackbone):
         in_channels: int,
         image_size: int,
         width: int = 64,
-        heads: int = 4,
         layers: int = 6,
+        heads: int = 4,
         positions: Literal["learned", "sinusoidal"] = "learned",
         dropout: float = 0.0,
     ) -> None:

@@ -20,7 +20,7 @@ class DataConfig(Settings):
     name: Literal["mnist", "asl", "digits", "folder"] = "mnist"
     """The set: mnist, asl (Sign Language MNIST), digits (inside scikit-learn, no download), folder (your own images)."""
     root: str = ""
-    """Folder with the files; empty: $LAB_DATA, then the cache, then (mnist) a download. For folder: a sub-folder per class."""
+    """Folder with the files; empty: $LAB_DATA, then the cache, then (mnist) a download. For folder: one with a sub-folder per class."""
     batch_size: Count = 128
     """Images per update, over all processes and accumulation steps."""
     image_size: Count = 28

@@ -29,7 +29,7 @@ def load(root: str, image_size: int, greyscale: bool, test_fraction: float) -> I
     """The pictures below `root` as square images, each cropped at its centre and then resized with antialiasing.
 
     Args:
-        root: a folder with one sub-folder per class; hidden files and files that are no pictures are left out.
+        root: a folder with one sub-folder per class, here or below $LAB_DATA; hidden files and files that are no pictures are left out.
         image_size: pixels a side.
         greyscale: one channel, else three.
         test_fraction: how much of every class is for testing, 0 to 1; which pictures, their names alone decide.
@@ -37,7 +37,7 @@ def load(root: str, image_size: int, greyscale: bool, test_fraction: float) -> I
     Raises:
         DataError: the folder is missing, has no sub-folders or an empty one, or a picture cannot be read.
     """
-    folders = _class_folders(Path(root).expanduser())
+    folders = _class_folders(_found(Path(root).expanduser()))
     train: list[Picture] = []
     test: list[Picture] = []
     for label, folder in enumerate(folders):
@@ -48,6 +48,12 @@ def load(root: str, image_size: int, greyscale: bool, test_fraction: float) -> I
     with progress("Reading images", len(train) + len(test)) as advance:
         splits = [_read(part, image_size, greyscale, advance) for part in (train, test)]
     return ImageSet("folder", tuple(folder.name for folder in folders), *splits)
+
+
+def _found(root: Path) -> Path:
+    """The folder itself or, where there is none, the one of this name below $LAB_DATA."""
+    below = Path(os.environ.get("LAB_DATA") or ".").expanduser() / root
+    return below if not root.is_dir() and below.is_dir() else root
 
 
 def _class_folders(root: Path) -> list[Path]:

@@ -102,7 +102,7 @@ def cut_out(image: Tensor, side: int, extent: float) -> Tensor:
 
 def without_ground(image: Tensor, rounds: int = 5) -> Tensor:
     """A picture (C, S, S) less its ground, a surface of the second degree through all that is not drawn, stretched to [0, 1]."""
-    grey, line = F.avg_pool2d(image.mean(0)[None], 5, 1, 2)[0], torch.linspace(-1, 1, image.shape[-1])
+    grey, line = F.avg_pool2d(image.mean(0)[None], 5, 1, 2, count_include_pad=False)[0], torch.linspace(-1, 1, image.shape[-1])
     y, x = torch.meshgrid(line, line, indexing="ij")
     terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], -1)
     plain, surface = torch.ones_like(grey, dtype=torch.bool), grey
