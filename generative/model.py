@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lab import loading, media, runs
+from lab import media
 from lab.config import Count, Natural, Settings
 from lab.data import ImageSet, Split, as_float
-from lab.images import ImageExperiment, ImageTask, Shape
+from lab.images import ImageExperiment, ImageTask, Shape, Trained, load_trained
 from lab.trainer import Trainer
 
 FAMILIES = {"autoencoder": "generative.autoencoder", "vae": "generative.vae"}
@@ -142,30 +142,9 @@ def encode_all(model: Generator, split: Split, rows: int = 500) -> Tensor:
 
 # Loading
 
-
-@dataclass(frozen=True)
-class Loaded:
-    """A trained generator and where it comes from."""
-
-    model: GeneratorModule
-    experiment: GeneratorExperiment
-    run: runs.Run
-    step: int
+Loaded = Trained[GeneratorModule]
 
 
 def load(name: str, device: str | torch.device = "cpu") -> Loaded:
-    """The generator of a run, with averaged weights where it has them.
-
-    Args:
-        name: a run folder, a checkpoint folder, or `latest`.
-
-    Raises:
-        UserError: no such run, or none of its checkpoints is whole.
-    """
-    found = runs.find(name, FAMILIES)
-    experiment: GeneratorExperiment = loading.settings_of(found.run, FAMILIES)
-    saved = loading.saved(found)
-    facts = saved.notes["facts"]
-    model = experiment.network(tuple(facts["shape"]), tuple(facts["classes"]))
-    model.load_state_dict(saved.parts["ema"]["module"] if "ema" in saved.parts else saved.parts["model"])
-    return Loaded(model.to(device).eval().requires_grad_(False), experiment, found.run, saved.step)
+    """The generator of a run: a run folder, a checkpoint folder, or `latest`."""
+    return load_trained(name, FAMILIES, device)

@@ -25,10 +25,9 @@ from lab.config import Decay, Natural, Settings, UserError
 from lab.data import AugmentConfig, DataConfig, Split, as_float, photo
 from lab.data.photo import Framing
 from lab.experiment import TrainerConfig
-from lab.images import ImageExperiment, ImageTask, Shape
+from lab.images import ImageExperiment, ImageTask, Shape, Trained, load_trained, trained_weights
 from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
-from lab.runs import Run
 from lab.trainer import Trainer
 
 FAMILIES = {"classifier": "lab.classifier"}
@@ -241,12 +240,6 @@ def source(init: str) -> Checkpoint:
     return loading.saved(runs.find(init, FAMILIES), ("model", "ema"))
 
 
-def trained_weights(saved: Checkpoint) -> dict[str, Tensor]:
-    """The averaged weights where there are some, else the plain ones."""
-    weights: dict[str, Tensor] = saved.parts["ema"]["module"] if "ema" in saved.parts else saved.parts["model"]
-    return weights
-
-
 def begin(model: Classifier, saved: Checkpoint, init: str) -> None:
     """Put in the weights of another classifier: of its backbone, and of its last layer where the classes are the same.
 
@@ -266,34 +259,18 @@ def begin(model: Classifier, saved: Checkpoint, init: str) -> None:
     model.load_state_dict(own | taken)
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(Trained[Classifier]):
     """A trained classifier and where it comes from."""
 
-    model: Classifier
-    experiment: ClassifierExperiment
-    run: Run
-    step: int
-    framing: Framing
-    """How the images are framed that it was trained on."""
+    @property
+    def framing(self) -> Framing:
+        """How the images are framed that it was trained on."""
+        return Framing(**self.facts["framing"])
 
 
 def load(name: str, device: str | torch.device = "cpu") -> Loaded:
-    """The classifier of a run, with averaged weights where it has them.
-
-    Args:
-        name: a run folder, a checkpoint folder, or `latest`.
-
-    Raises:
-        UserError: no such run, or none of its checkpoints is whole.
-    """
-    found = runs.find(name, FAMILIES)
-    experiment: ClassifierExperiment = loading.settings_of(found.run, FAMILIES)
-    saved = loading.saved(found, ("model", "ema"))
-    facts = saved.notes["facts"]
-    model = experiment.network(tuple(facts["shape"]), tuple(facts["classes"]))
-    model.load_state_dict(trained_weights(saved))
-    return Loaded(model.to(device).eval().requires_grad_(False), experiment, found.run, saved.step, Framing(**facts["framing"]))
+    """The classifier of a run: a run folder, a checkpoint folder, or `latest`."""
+    return Loaded(**vars(load_trained(name, FAMILIES, device)))
 
 
 EXPERIMENT = ClassifierExperiment()

@@ -1,24 +1,26 @@
-"""Training one module on a labelled set of images: what generators and classifiers have in common."""
+"""Training one module on a labelled set of images, and opening it again: what generators and classifiers have in common."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lab import data, seeding
-from lab.checkpoint import Stateful
+from lab import data, loading, runs, seeding
+from lab.checkpoint import Checkpoint, Stateful
 from lab.data import DataConfig, ImageSet, as_float
 from lab.data.augment import augment
 from lab.experiment import Every, Experiment
 from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
+from lab.runs import Run
 from lab.trainer import Trainer
 
+M = TypeVar("M", bound=nn.Module)
 Shape = tuple[int, int, int]
 """Channels, height and width of an image."""
 
@@ -80,3 +82,43 @@ class ImageTask(ABC):
         images, labels = as_float(self.data.train.images[index]), self.data.train.labels[index]
         config = self.experiment.data.augment
         return augment(images, config, shard.uniform("augment", 5)) if config.active else images, labels
+
+
+# Opening it again
+
+
+@dataclass(frozen=True)
+class Trained(Generic[M]):
+    """A trained module and where it comes from."""
+
+    model: M
+    experiment: Any
+    run: Run
+    step: int
+    facts: Mapping[str, Any]
+    """What was saved of its images: `shape`, `classes` and what else its task knows."""
+
+
+def load_trained(name: str, families: Mapping[str, str], device: str | torch.device = "cpu") -> Trained[Any]:
+    """The module of a run, with averaged weights where it has them.
+
+    Args:
+        name: a run folder, a checkpoint folder, or `latest`.
+        families: kinds of experiments that it may be of, and their modules.
+
+    Raises:
+        UserError: no such run, or none of its checkpoints is whole.
+    """
+    found = runs.find(name, families)
+    experiment = loading.settings_of(found.run, families)
+    saved = loading.saved(found, ("model", "ema"))
+    facts = saved.notes["facts"]
+    model = experiment.network(tuple(facts["shape"]), tuple(facts["classes"]))
+    model.load_state_dict(trained_weights(saved))
+    return Trained(model.to(device).eval().requires_grad_(False), experiment, found.run, saved.step, facts)
+
+
+def trained_weights(saved: Checkpoint) -> dict[str, Tensor]:
+    """The averaged weights where there are some, else the plain ones."""
+    weights: dict[str, Tensor] = saved.parts["ema"]["module"] if "ema" in saved.parts else saved.parts["model"]
+    return weights

@@ -1,11 +1,13 @@
 """Maps of where a model looks: what the attention of all its layers passes on, or what its answer hangs on.
 
-    rollout      A = r I + (1 - r) mean of the heads, rows made to sum to 1     A_n ... A_2 A_1     Abnar & Zuidema 2020, arXiv:2005.00928
-    saliency     |d logit / d pixel|                                                            Simonyan et al. 2014, arXiv:1312.6034
+    rollout     A = r I + (1 - r) mean of the heads, rows made to sum to 1        A_n ... A_2 A_1
+    gradcam     relu(sum_c w_c map_c)        w_c = the mean of d logit / d map_c over all places
+    saliency    |d logit / d pixel|
 
-Rollout follows from place to place what is passed on, r of it past the attention; it knows neither what was passed on nor the
-class. Saliency is of one class and fits any network, but is noisy: the mean gradient of images with noise is smoother (SmoothGrad,
-Smilkov et al. 2017, arXiv:1706.03825).
+Rollout (Abnar & Zuidema 2020, arXiv:2005.00928) follows from place to place what is passed on, a share r of it past the attention;
+it knows neither what was passed on nor for which class. The others are of one class: Grad-CAM (Selvaraju et al. 2017,
+arXiv:1610.02391) shows which places of the last map speak for it, but not where a dense layer knows the places apart; saliency
+(Simonyan et al. 2014, arXiv:1312.6034) fits any network, sharp but noisy.
 """
 
 from __future__ import annotations
@@ -13,25 +15,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lab import seeding
 from lab.attention import recorded
 from lab.attention.windows import WindowAttention, cut
 from lab.backbones import Backbone
+from lab.backbones.backbone import Average
 from lab.backbones.gpt import LastPlace
 from lab.backbones.swin import GRID, Swin
 from lab.backbones.transformer import PatchBackbone, Reader
 from lab.classifier import Classifier
 from lab.config import UserError
-
-NOISE = 0.1
-"""Standard deviation of SmoothGrad's noise, for images in [0, 1]."""
-SAMPLES = 32
-"""Noisy copies of an image."""
 
 # The mathematics
 
@@ -56,20 +54,36 @@ def passed(weights: Tensor, residual: float = 0.5) -> Tensor:
     return mixed / mixed.sum(-1, keepdim=True)  # a masked query that looks nowhere has a row without weights
 
 
-def saliency(model: nn.Module, images: Tensor, classes: Tensor, noise: Tensor | None = None) -> Tensor:
-    """How much a class's logit hangs on each pixel: the size of the gradient in that channel where it is largest, (N, H, W).
+def gradcam(model: Classifier, images: Tensor, classes: Tensor) -> Tensor:
+    """How much each place of the map that the vector is a mean of speaks for a class, (N, h, w).
 
     Args:
-        model: gives logits (N, classes).
+        model: a classifier whose backbone ends in the mean over all places.
         images: numbers (N, C, H, W).
         classes: int64 (N,).
-        noise: (samples, N, C, H, W) to add to the images; then it is the mean gradient over the samples (SmoothGrad).
     """
-    given = (images[None] if noise is None else images + noise).detach().requires_grad_()
-    logits = model(given.flatten(0, 1))
-    chosen = logits.gather(1, classes.repeat(len(given))[:, None]).sum()
-    (gradient,) = torch.autograd.grad(chosen, given)
-    return gradient.mean(0).abs().amax(1)
+    averaged: list[Tensor] = []
+    with averages(model.body)[0].register_forward_pre_hook(lambda _, inputs: averaged.append(inputs[0])):
+        logits = model(images.detach().requires_grad_())
+    weights = of_class(logits, classes, averaged[0]).mean((2, 3), keepdim=True)
+    return (weights * averaged[0]).sum(1).relu().detach()
+
+
+def averages(body: Backbone) -> list[nn.Module]:
+    """What in its head takes the mean over all places of a map; nothing, in a dense head."""
+    return [module for module in body.head.modules() if isinstance(module, Average)]
+
+
+def saliency(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """How much a class's logit hangs on each pixel, in the channel where that is most, (N, H, W); for any model that gives logits."""
+    pixels = images.detach().requires_grad_()
+    return of_class(model(pixels), classes, pixels).abs().amax(1)
+
+
+def of_class(logits: Tensor, classes: Tensor, inputs: Tensor) -> Tensor:
+    """The gradient of each image's logit of its class with respect to its inputs, of their shape."""
+    (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), inputs)
+    return gradient
 
 
 # What the attention of a backbone did
@@ -114,8 +128,7 @@ def looks(body: Backbone, images: Tensor) -> Looks:
     with torch.no_grad(), recorded(body) as notes:
         body(images)
     if isinstance(body, Swin):
-        modules = dict(body.named_modules())
-        layers = [whole(calls[0], len(images), modules[name]) for name, calls in notes.items()]
+        layers = [whole(calls[0], len(images), cast(WindowAttention, body.get_submodule(name))) for name, calls in notes.items()]
     else:
         layers = [calls[0] for name, calls in notes.items() if name.startswith("encoder.")]
     if isinstance(body.head, Reader):  # what it adds to, its query, is the same for all images
@@ -142,7 +155,8 @@ def whole(weights: Tensor, count: int, attention: WindowAttention) -> Tensor:
 
 def methods(body: Backbone) -> tuple[str, ...]:
     """Ways to map where a backbone looks, the best one first."""
-    return ("rollout", "heads", "saliency") if isinstance(body, Swin | PatchBackbone) else ("saliency",)
+    attention = ("rollout", "heads") if isinstance(body, Swin | PatchBackbone) else ()
+    return (*attention, *(("gradcam",) if averages(body) else ()), "saliency")
 
 
 def where(model: Classifier, images: Tensor, method: str = "auto") -> tuple[Tensor, str]:
@@ -150,43 +164,50 @@ def where(model: Classifier, images: Tensor, method: str = "auto") -> tuple[Tens
 
     Args:
         images: numbers (N, C, H, W).
-        method: rollout, saliency (of the class that it takes an image for), or auto for the best that there is.
+        method: rollout, gradcam or saliency (of the class that it takes an image for), or auto for the best that there is.
 
     Raises:
         UserError: its backbone has no such method.
     """
     method = methods(model.body)[0] if method == "auto" else allowed(model, method)
     if method == "rollout":
-        return strongest(as_pixels(model.body, looks(model.body, images).rollout(), images.shape[-1])), method
-    noise = NOISE * torch.randn((SAMPLES, *images.shape), generator=seeding.generator(0, "saliency", 0)).to(images)
-    return strongest(saliency(model, images, model.probabilities(images).argmax(1), noise)), method
+        return strongest(on_pixels(model.body, looks(model.body, images).rollout(), images.shape[-1])), method
+    classes = model.probabilities(images).argmax(1)
+    if method == "saliency":
+        return strongest(saliency(model, images, classes)), method
+    places = gradcam(model, images, classes)[:, None]
+    return strongest(F.interpolate(places, images.shape[2:], mode="bilinear")[:, 0]), method
 
 
 def heads(model: Classifier, images: Tensor) -> list[Tensor]:
-    """Where each head of each layer looks, and last the heads that read the vector, if any do: maps (N, heads, H, W) in [0, 1].
+    """Where each head of each layer looks, and last those that read the vector if there are such: maps (N, heads, H, W) in [0, 1].
 
     Raises:
-        UserError: its backbone has no attention.
+        UserError: its backbone has no attention over the whole image.
     """
     allowed(model, "heads")
     seen = looks(model.body, images)
-    maps = [*seen.heads(), *([seen.reading] if isinstance(model.body.head, Reader) else [])]
-    return [strongest(as_pixels(model.body, each, images.shape[-1])) for each in maps]
+    shares = [*seen.heads(), *([seen.reading] if isinstance(model.body.head, Reader) else [])]
+    return [strongest(on_pixels(model.body, each, images.shape[-1])) for each in shares]
 
 
 def allowed(model: Classifier, method: str) -> str:
-    """The method, if a classifier's backbone has it."""
+    """The method, if a classifier's backbone has it.
+
+    Raises:
+        UserError: it has not.
+    """
     if method not in (own := methods(model.body)):
-        raise UserError(f"--method {method}: this run's backbone has no attention over the whole image; it has {', '.join(own)}")
+        raise UserError(f"a {type(model.body).__name__} has no map by {method}; it has {', '.join(own)}")
     return method
 
 
-def as_pixels(body: Backbone, shares: Tensor, size: int) -> Tensor:
-    """Shares of the places of a square map, (N, ..., L), on the pixels of the image, (N, ..., size, size): bilinear in between."""
+def on_pixels(body: Backbone, shares: Tensor, size: int) -> Tensor:
+    """Shares of the places of a square map, (N, ..., L), for the pixels of the image, (N, ..., size, size): bilinear in between."""
     covered = body.patches.grid[0] * body.patches.patch if isinstance(body, PatchBackbone) else -(-size // GRID) * GRID
     side = math.isqrt(shares.shape[-1])
     maps = F.interpolate(shares.reshape(-1, 1, side, side), (covered, covered), mode="bilinear")
-    return maps[..., :size, :size].unflatten(0, shares.shape[:-1]).squeeze(-3)
+    return maps[..., :size, :size].reshape(*shares.shape[:-1], size, size)
 
 
 def strongest(maps: Tensor) -> Tensor:
