@@ -5,10 +5,11 @@
     python scripts/attention.py RUN --image 3 --method heads             every head of every layer by itself
     python scripts/attention.py RUN --photo a.jpg b.jpg
 
-rollout: what all layers of attention pass on to the vector that the answer is read from (Abnar & Zuidema 2020); for Transformers.
-saliency: how much the answer hangs on each pixel (SmoothGrad, Smilkov et al. 2017); for every network. Photos are made ready as
-scripts/classify.py does it. The picture goes to media/attention.png of the run, or to --out. RUN is a run folder, a checkpoint
-folder or `latest`.
+rollout: what all layers of attention together pass on to the vector that the answer is read from; for Transformers.
+gradcam: which places of the last map speak for the answer; for networks that end in the mean over all places, as most CNNs do.
+saliency: how much the answer hangs on each pixel; for every network. lab/attention/maps.py has the formulas and the papers.
+Each map is drawn from 0 to its own maximum, 1. Photos are made ready as scripts/classify.py does it. The picture goes to
+media/attention.png of the run, or to --out. RUN is a run folder, a checkpoint folder or `latest`.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from lab.launch import guarded
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
+DIM = 0.6
+"""Brightness of an image under a map, whose colours would be lost on white."""
 MOST = 50
 """Rows of a picture that can still be looked at."""
-COLOURS = "inferno"
-"""Of the maps, from 0 to 1: evenly brighter to the eye."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Options:
     """Images of the test set, counted from 0."""
     photo: tuple[Path, ...] = ()
     """Image files."""
-    method: Literal["auto", "rollout", "saliency", "heads"] = "auto"
-    """What to draw; auto: rollout where the network has attention over the whole image, else saliency."""
+    method: Literal["auto", "rollout", "gradcam", "saliency", "heads"] = "auto"
+    """What to draw; auto: the first of rollout, gradcam and saliency that the network has."""
     invert: Literal["auto", "yes", "no"] = "auto"
     """Turn the brightness of photos round; auto: where the photo's border is then more like those of the training images."""
     out: Path | None = None
@@ -93,10 +95,10 @@ def look(options: Options, loaded: Loaded) -> Seen:
     """The images that were asked for, and the classifier's answers."""
     model = loaded.model
     images = [photo.read(path, model.shape, loaded.framing, options.invert).image for path in options.photo]
-    names = [path.name for path in options.photo]
+    names = [path.name[:28] for path in options.photo]
     if options.image:
         found, labels = tested(options.image, loaded)
-        images, names = [*found, *images], [*(f"image {i}: {name}" for i, name in zip(options.image, labels)), *names]
+        images, names = [*found, *images], [*(f"image {i}, true: {name}" for i, name in zip(options.image, labels)), *names]
     stacked = torch.stack(images)
     shares, guesses = model.probabilities(stacked).max(1)
     answers = [f"taken for {model.classes[guess]}, {100 * share:.0f} %" for share, guess in zip(shares.tolist(), guesses.tolist())]
@@ -123,34 +125,52 @@ def draw(loaded: Loaded, seen: Seen, method: str) -> Figure:
     """A row for each image: itself, the map, and the map over it."""
     from matplotlib.figure import Figure
 
-    where, method = maps.where(loaded.model, seen.images, method)
-    figure = Figure(figsize=(7.4, 2.6 * len(where)), layout="constrained")
-    panels = figure.subplots(len(where), 3, squeeze=False)
-    for (plain, alone, over), image, shares, name, answer in zip(panels, seen.images, where, seen.names, seen.answers):
-        show(plain, image, name)
-        shown = alone.imshow(shares, cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest")
-        alone.set_title(method)
-        show(over, image, answer)
-        over.imshow(shares, cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest", alpha=0.6)
-    figure.colorbar(shown, ax=panels, shrink=0.9 / len(where) ** 0.5)
+    shares, method = maps.where(loaded.model, seen.images, method)
+    figure = Figure(figsize=(7.6, 2.45 * len(shares)), layout="constrained")
+    panels = figure.subplots(len(shares), 3, squeeze=False)
+    for row, image, each, name, answer in zip(panels, seen.images, shares, seen.names, seen.answers):
+        show(row[0], image, name)
+        scale = colour(row[1], each, method)
+        show(row[2], DIM * image, answer)
+        colour(row[2], each, answer, opacity=each)
+        figure.colorbar(scale, ax=row, ticks=(0, 0.5, 1))
     return figure
 
 
 def draw_heads(loaded: Loaded, seen: Seen) -> Figure:
-    """A block for each image: itself, and beside it a column for each layer and a row for each head."""
+    """A block for each image: itself, and beside it a column for each layer with a row for each head."""
     from matplotlib.figure import Figure
 
     layers = maps.heads(loaded.model, seen.images)
-    columns, rows = len(layers) + 1, max(layer.shape[1] for layer in layers)
-    figure = Figure(figsize=(1.3 * (columns + 1), 1.4 * rows * len(seen.images)), layout="constrained")
+    rows = max(layer.shape[1] for layer in layers.values())
+    figure = Figure(figsize=(1.2 * (len(layers) + 2), (1.25 * rows + 0.5) * len(seen.images)), layout="constrained")
+    blocks = figure.subfigures(len(seen.images), 1, squeeze=False, hspace=0.05)[:, 0]
+    for index, (block, image, name, answer) in enumerate(zip(blocks, seen.images, seen.names, seen.answers)):
+        left, right = block.subfigures(1, 2, width_ratios=(2, len(layers)))
+        show(left.subplots(), image, f"{name}\n{answer}")
+        panels = right.subplots(rows, len(layers), squeeze=False)
+        for head, row in enumerate(panels):
+            row[0].text(-0.06, 0.5, f"head {head + 1}", transform=row[0].transAxes, rotation=90, ha="right", va="center")
+            for axes, (title, layer) in zip(row, layers.items()):
+                if head < layer.shape[1]:
+                    colour(axes, layer[index, head], "" if head else title)
+                axes.axis("off")
     return figure
 
 
 def show(axes: Axes, image: Tensor, title: str) -> None:
     """Draw an image as it is, pixel by pixel."""
-    axes.imshow(image.movedim(0, -1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(title)
+    axes.imshow(image.movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title, fontsize=10, parse_math=False)
     axes.axis("off")
+
+
+def colour(axes: Axes, shares: Tensor, title: str, opacity: Tensor | None = None) -> AxesImage:
+    """Draw a map in colours, whole or as far as it is opaque."""
+    axes.set_title(title, fontsize=10, parse_math=False)
+    axes.axis("off")
+    alpha = None if opacity is None else opacity.numpy()
+    return axes.imshow(shares.numpy(), cmap="inferno", vmin=0, vmax=1, interpolation="nearest", alpha=alpha)
 
 
 if __name__ == "__main__":

@@ -119,8 +119,8 @@ def refined(shares: Tensor, places: int) -> Tensor:
     if shares.shape[-1] == places:
         return shares
     side = math.isqrt(shares.shape[-1])
-    finer = shares.unflatten(-1, (side, side)).repeat_interleave(2, -1).repeat_interleave(2, -2)
-    return finer.flatten(-2) / 4
+    finer: Tensor = shares.unflatten(-1, (side, side)).repeat_interleave(2, -1).repeat_interleave(2, -2) / 4
+    return finer.flatten(-2)
 
 
 def looks(body: Backbone, images: Tensor) -> Looks:
@@ -179,16 +179,18 @@ def where(model: Classifier, images: Tensor, method: str = "auto") -> tuple[Tens
     return strongest(F.interpolate(places, images.shape[2:], mode="bilinear")[:, 0]), method
 
 
-def heads(model: Classifier, images: Tensor) -> list[Tensor]:
-    """Where each head of each layer looks, and last those that read the vector if there are such: maps (N, heads, H, W) in [0, 1].
+def heads(model: Classifier, images: Tensor) -> dict[str, Tensor]:
+    """Where each head of each layer looks, by the layer's name, maps (N, heads, H, W) in [0, 1]; the decoder's last, if there is one.
 
     Raises:
         UserError: its backbone has no attention over the whole image.
     """
     allowed(model, "heads")
     seen = looks(model.body, images)
-    shares = [*seen.heads(), *([seen.reading] if isinstance(model.body.head, Reader) else [])]
-    return [strongest(on_pixels(model.body, each, images.shape[-1])) for each in shares]
+    shares = {f"layer {number}": each for number, each in enumerate(seen.heads(), 1)}
+    if isinstance(model.body.head, Reader):
+        shares["decoder"] = seen.reading
+    return {name: strongest(on_pixels(model.body, each, images.shape[-1])) for name, each in shares.items()}
 
 
 def allowed(model: Classifier, method: str) -> str:

@@ -56,7 +56,8 @@ def multiplies(backbone: Backbone, in_channels: int, image_size: int) -> int:
     shapes = copy.deepcopy(backbone).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shapes(torch.zeros(1, in_channels, image_size, image_size, device="meta"))
-    return counter.get_total_flops() // 2
+    flops: int = counter.get_total_flops()
+    return flops // 2
 
 
 def seconds(backbone: Backbone, in_channels: int, image_size: int, batch: int = 64, repeats: int = 5) -> tuple[float, float]:

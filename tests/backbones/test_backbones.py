@@ -10,7 +10,6 @@ from lab.config import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = sorted(REGISTRY)
-SMALLEST = {"nature": 36, "small": 1}
 
 
 def images(channels, size, count=2):
@@ -44,8 +43,8 @@ def test_a_name_like_no_other_is_answered_by_all_there_are():
 
 def test_names_are_listed_by_a_pattern():
     assert list_backbones() == NAMES
-    assert {"nature", "small"} <= set(NAMES)
     assert list_backbones("nat*") == ["nature"]
+    assert list_backbones("resnet*") == ["resnet_bottleneck", "resnet_preact", "resnet_small"]
     assert list_backbones("nothing*") == []
 
 
@@ -53,7 +52,7 @@ def test_names_are_listed_by_a_pattern():
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("nature", size) for size in (36, 37, 64, 84, 85, 128)] + [("small", size) for size in (1, 7, 10, 12, 16)]
+    ("name", "size"), [("nature", size) for size in (8, 28, 36, 37, 64, 84, 85, 128)] + [("small", size) for size in (1, 7, 10, 12, 16)]
 )
 @pytest.mark.parametrize("channels", [1, 4])
 def test_vectors_and_maps_have_the_sizes_they_say(name, size, channels):
@@ -89,16 +88,30 @@ def test_small_has_the_weights_that_it_says():
     assert weights(create("small", 2, 12, hidden=64)) == 9 * 2 * 16 + 16 + 9 * 16 * 32 + 32 + 6 * 6 * 32 * 64 + 64
 
 
-@pytest.mark.parametrize("size", [1, 12, 35])
-def test_images_too_small_for_nature_are_refused_with_advice(size):
-    with pytest.raises(UserError, match=f"'nature' needs images of at least 36 pixels, not {size}; take 'small'"):
-        create("nature", 4, size)
+@pytest.mark.parametrize(("size", "before", "after"), [(1, 17, 18), (12, 12, 12), (28, 4, 4), (35, 0, 1)])
+def test_nature_puts_a_black_frame_around_images_of_fewer_than_36_pixels(size, before, after):
+    torch.manual_seed(0)
+    framed, whole = create("nature", 3, size), create("nature", 3, 36)
+    framed.load_state_dict(whole.state_dict())
+    seen = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
+    frame = torch.zeros(2, 3, 36, 36, dtype=torch.uint8)
+    frame[:, :, before : 36 - after, before : 36 - after] = seen
+    assert framed(seen).equal(whole(frame))
+    assert framed(seen.float() / 255).equal(whole(frame.float() / 255))
+    assert framed.features(seen)[0].std() > 0
+
+
+@pytest.mark.parametrize("size", [36, 84])
+def test_nature_puts_no_frame_around_larger_images(size):
+    backbone = create("nature", 3, size)
+    plain = backbone.layers[0](images(3, size)).relu()
+    assert backbone.features(images(3, size))[0].equal(plain)
 
 
 @pytest.mark.parametrize("name", ["nature", "small"])
-def test_the_smallest_images_go_through(name):
-    backbone = create(name, 1, SMALLEST[name])
-    assert backbone(images(1, SMALLEST[name])).isfinite().all()
+def test_a_single_pixel_goes_through(name):
+    backbone = create(name, 1, 1)
+    assert backbone(images(1, 1)).isfinite().all()
 
 
 # Numbers

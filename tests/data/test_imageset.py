@@ -135,3 +135,59 @@ def test_a_spread_takes_evenly_spaced_images_so_some_of_every_class():
     assert torch.equal(some.images.flatten().long() // 7, some.labels)
     assert split.spread(70) is split
     assert split.spread(1000) is split
+
+
+def lettered() -> ImageSet:
+    """Classes c, a and b in this order; every image shows its class's place, and the number of the image."""
+    parts = []
+    for count in (12, 7):
+        labels = torch.arange(count) * 2 % 3
+        parts.append(Split(torch.stack([labels, torch.arange(count)], 1).byte().view(count, 1, 1, 2), labels))
+    return ImageSet("letters", ("c", "a", "b"), *parts)
+
+
+@pytest.mark.parametrize("wanted", [("b", "c"), ("c", "b"), ("b", "c", "b")])
+def test_some_classes_of_a_set_are_numbered_in_its_order_whatever_order_they_are_asked_for_in(wanted):
+    whole = lettered()
+    some = whole.only(wanted)
+    assert (some.name, some.classes, some.shape) == ("letters", ("c", "b"), whole.shape)
+    for before, after in ((whole.train, some.train), (whole.test, some.test)):
+        kept = [index for index, label in enumerate(before.labels.tolist()) if label in (0, 2)]
+        assert torch.equal(after.images, before.images[kept])
+        assert after.labels.tolist() == [{0: 0, 2: 1}[label] for label in before.labels[kept].tolist()]
+        assert after.labels.dtype == torch.int64
+
+
+def test_a_class_that_a_set_lacks_is_named_with_those_it_has():
+    with pytest.raises(DataError, match=r"^data\.classes: letters has no class x, C; it has c, a, b$"):
+        lettered().only(["a", "x", "C"])
+
+
+def test_labels_can_be_asked_for_in_any_order():
+    split = lettered().train.only([2, 0])
+    assert split.labels.tolist() == [{2: 0, 0: 1}[place] for place in split.images[:, 0, 0, 0].tolist()]
+
+
+def test_settings_choose_classes_of_a_set():
+    whole, some = load(DataConfig(name="digits", image_size=8)), load(DataConfig(name="digits", image_size=8, classes=("7", "2")))
+    assert some.classes == ("2", "7")
+    for before, after in ((whole.train, some.train), (whole.test, some.test)):
+        assert torch.equal(after.images[after.labels == 1], before.images[before.labels == 7])
+        assert torch.equal(after.images[after.labels == 0], before.images[before.labels == 2])
+        assert len(after) == int(before.labels.bincount()[[2, 7]].sum())
+    with pytest.raises(DataError, match=r"data\.classes: digits has no class seven; it has 0, 1, 2, 3"):
+        load(DataConfig(name="digits", classes=("seven",)))
+
+
+def test_settings_choose_folders_of_images(tmp_path):
+    for shade, name in enumerate(("ant", "bee", "cat")):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("L", (8, 8), 10 * shade + number).save(tmp_path / name / f"{number}.png")
+    some = load(DataConfig(name="folder", root=str(tmp_path), image_size=8, classes=("cat", "ant")))
+    assert some.classes == ("ant", "cat")
+    for part in (some.train, some.test):
+        assert torch.equal(part.images[:, 0, 0, 0] // 10, 2 * part.labels)
+    assert (len(some.train), len(some.test)) == (6, 2)
+    with pytest.raises(DataError, match="folder has no class dog; it has ant, bee, cat"):
+        load(DataConfig(name="folder", root=str(tmp_path), classes=("dog",)))

@@ -571,7 +571,7 @@ def blue(picture: torch.Tensor) -> torch.Tensor:
 
 def test_the_confusion_matrix_is_drawn_with_true_classes_as_rows_and_shares_as_colours():
     labels = torch.tensor([0] * 5 + [1] * 50 + [2])
-    guesses = torch.tensor([1] * 5 + [1] * 50 + [0])
+    guesses = torch.tensor([1] * 5 + [2] * 50 + [0])
     result = Judgement(F.one_hot(guesses, 3).float(), labels)
     picture = classifier.confusion(result, ("a", "b", "c"))
     assert picture.shape[0] == 3
@@ -579,7 +579,7 @@ def test_the_confusion_matrix_is_drawn_with_true_classes_as_rows_and_shares_as_c
     full = blue(picture)
     (top, left), (bottom, right) = full.nonzero().amin(0), full.nonzero().amax(0) + 1
     shares = F.adaptive_avg_pool2d(full[None, top:bottom, left:right].double(), 3)[0]
-    assert shares.gt(0.5).tolist() == [[False, True, False], [False, True, False], [True, False, False]]
+    assert shares.gt(0.5).tolist() == [[False, True, False], [False, False, True], [True, False, False]]
     assert shares[shares < 0.5].max() < 0.05
 
 

@@ -135,6 +135,15 @@ def test_true_and_false_may_be_written_large_or_small(tmp_path, word, value):
     assert from_words("--flag", word).flag is value
 
 
+def test_a_bare_option_of_a_truth_value_means_true_on_a_command_line_alone(tmp_path):
+    for words in (["--flag"], ["--flag", "--count", "5"]):
+        assert from_words(*words).flag is True
+    assert from_words("--flag", "false").flag is False
+    assert problems(tmp_path, "flag: []\n") == [f"{tmp_path / 'x.yaml'}:1: 'flag': expected true or false, found nothing"]
+    for name, kind in (("count", "an integer"), ("number", "a float"), ("text", "a text"), ("kind", "one of first, second")):
+        assert f"command line: '{name}': expected {kind}" in problems(tmp_path, "", f"--{name}")[0]
+
+
 @pytest.mark.parametrize("word", ["yes", "no", "on", "off", "true", "False", "null", "~"])
 def test_a_word_that_yaml_would_turn_into_something_else_needs_quotes_to_be_a_text(tmp_path, word):
     assert "put it in quotes" in problems(tmp_path, f"text: {word}\n")[0]

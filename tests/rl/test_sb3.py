@@ -426,8 +426,8 @@ def test_what_cannot_be_is_said_in_a_sentence() -> None:
         Trainer(experiment(replay=ReplayConfig(prioritised=True)), World())
     with pytest.raises(UserError, match="catch is none; take native"):
         Trainer(experiment(environments="classic"), World())
-    with pytest.raises(UserError, match="at least 36 pixels, not 12; take 'small'"):
-        Trainer(experiment(backbone="nature"), World())
+    with pytest.raises(UserError, match="did you mean nature"):
+        Trainer(experiment(backbone="natrue"), World())
     with pytest.raises(ValueError, match="batch_size must divide games x n_steps"):
         PPOConfig(batch_size=100)
     with pytest.raises(ValueError, match="train_every must be a multiple of games"):

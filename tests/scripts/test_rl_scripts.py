@@ -85,7 +85,6 @@ BAD_INPUT = [
     ("train_dqn.py", [CATCH, "--replay.capacity", "1e15"], "of memory are free"),
     ("train_dqn.py", [CATCH, "--replay.capacity", "16"], "too small"),
     ("train_dqn.py", [CATCH, "--dqn.backbone", "natrue"], "did you mean nature?"),
-    ("train_dqn.py", [CATCH, "--dqn.backbone", "nature"], "at least 36 pixels"),
     ("train_dqn.py", ["--resume", "ppo"], "expected dqn"),
     ("train_dqn.py", ["--resume", "dqn", "--dqn.games", "4"], "cannot resume"),
     ("train_sb3.py", [CATCH], "use scripts/train_dqn.py"),
