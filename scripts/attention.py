@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 DIM = 0.6
 """Brightness of an image under a map, whose colours would be lost on white."""
+OPACITY = 0.8
+"""Of a map over an image, where it is 1."""
 MOST = 50
 """Rows of a picture that can still be looked at."""
 
@@ -126,13 +128,13 @@ def draw(loaded: Loaded, seen: Seen, method: str) -> Figure:
     from matplotlib.figure import Figure
 
     shares, method = maps.where(loaded.model, seen.images, method)
-    figure = Figure(figsize=(7.6, 2.45 * len(shares)), layout="constrained")
+    figure = Figure(figsize=(7.6, 2.5 * len(shares)), layout="constrained")
     panels = figure.subplots(len(shares), 3, squeeze=False)
     for row, image, each, name, answer in zip(panels, seen.images, shares, seen.names, seen.answers):
         show(row[0], image, name)
         scale = colour(row[1], each, method)
         show(row[2], DIM * image, answer)
-        colour(row[2], each, answer, opacity=each)
+        colour(row[2], each, answer, opacity=OPACITY * each)
         figure.colorbar(scale, ax=row, ticks=(0, 0.5, 1))
     return figure
 
