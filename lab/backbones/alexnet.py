@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from lab.backbones.backbone import Staged, stem_stride
-from lab.backbones.layers import ConvNorm
+from lab.backbones.layers import ConvNorm, MaxPool
 
 NEIGHBOURS = 5
 """Maps that share a normalisation, n in section 3.3."""
@@ -53,9 +53,9 @@ def response_norm() -> nn.LocalResponseNorm:
     return nn.LocalResponseNorm(NEIGHBOURS, alpha=NEIGHBOURS * 1e-4 * 255**2, beta=0.75, k=2.0)  # torch takes the mean of the squares
 
 
-def overlapping_pool() -> nn.MaxPool2d:
+def overlapping_pool() -> MaxPool:
     """The largest of 3x3 places at every second one, (N, C, h, w) to (N, C, h/2, w/2) rounded up: windows share a row with the next."""
-    return nn.MaxPool2d(3, 2, 1)
+    return MaxPool(3, 2, 1)
 
 
 def dropped(inputs: int, *widths: int, dropout: float) -> nn.Sequential:

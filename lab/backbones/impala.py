@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lab.backbones.backbone import Staged, dense
+from lab.backbones.layers import MaxPool
 
 
 class ImpalaBlock(nn.Module):
@@ -29,7 +30,7 @@ class ImpalaBlock(nn.Module):
 
 def impala_stage(inputs: int, outputs: int) -> list[nn.Module]:
     """Convolution, pooling to half the size (rounded up), two blocks."""
-    return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.MaxPool2d(3, 2, 1), ImpalaBlock(outputs), ImpalaBlock(outputs)]
+    return [nn.Conv2d(inputs, outputs, 3, padding=1), MaxPool(3, 2, 1), ImpalaBlock(outputs), ImpalaBlock(outputs)]
 
 
 class Impala(Staged):

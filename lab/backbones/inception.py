@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.backbones.backbone import Staged
-from lab.backbones.layers import ConvNorm, Norm, stem
+from lab.backbones.layers import ConvNorm, MaxPool, Norm, stem
 
 
 class Branches(nn.Module):
@@ -53,8 +53,8 @@ class GoogLeNet(Staged):
     def __init__(self, in_channels: int, image_size: int, norm: Norm = "group") -> None:
         stages = [
             nn.Sequential(stem(in_channels, 24, image_size, norm), inception(24, 32, norm), inception(32, 32, norm)),
-            nn.Sequential(nn.MaxPool2d(3, 2, 1), inception(32, 64, norm), *(inception(64, 64, norm) for _ in range(2))),
-            nn.Sequential(nn.MaxPool2d(3, 2, 1), inception(64, 128, norm), inception(128, 128, norm)),
+            nn.Sequential(MaxPool(3, 2, 1), inception(32, 64, norm), *(inception(64, 64, norm) for _ in range(2))),
+            nn.Sequential(MaxPool(3, 2, 1), inception(64, 128, norm), inception(128, 128, norm)),
         ]
         super().__init__(stages, (32, 64, 128))
 
@@ -70,7 +70,7 @@ def inception(inputs: int, outputs: int, norm: Norm = "group") -> Branches:
         chain(norm, inputs, (4 * part, 1)),
         chain(norm, inputs, (6 * part, 1), (8 * part, 3)),
         chain(norm, inputs, (part, 1), (2 * part, 5)),
-        nn.Sequential(nn.MaxPool2d(3, 1, 1), *chain(norm, inputs, (2 * part, 1))),
+        nn.Sequential(MaxPool(3, 1, 1), *chain(norm, inputs, (2 * part, 1))),
     )
 
 
@@ -154,5 +154,5 @@ def reduction(inputs: int, outputs: int, norm: Norm = "group") -> Branches:
     return Branches(
         chain(norm, inputs, (part // 2, 1), (part // 2, 3), (part, 3), stride=2),
         chain(norm, inputs, (part // 2, 1), (part, 3), stride=2),
-        nn.MaxPool2d(3, 2, 1),
+        MaxPool(3, 2, 1),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lab.backbones.backbone import stem_stride
 
@@ -47,6 +48,16 @@ class ConvNorm(nn.Sequential):
         nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")  # He et al. 2015
         layers = [convolution, normalisation(norm, outputs), *([activation()] if activation else [])]
         super().__init__(*layers)
+
+
+class MaxPool(nn.MaxPool2d):
+    """Max pooling; on a CPU with the channels last, where torch's kernel is 3 to 9 times as fast, whatever the maps come in."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to (N, C, h, w)."""
+        last = maps.contiguous(memory_format=torch.channels_last) if maps.device.type == "cpu" else maps
+        pooled: Tensor = super().forward(last)
+        return pooled.contiguous() if maps.is_contiguous() else pooled
 
 
 def stem(in_channels: int, outputs: int, image_size: int, norm: Norm = "group", activation: Activation | None = nn.ReLU) -> ConvNorm:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lab.backbones.alexnet import dropped
 from lab.backbones.backbone import Staged, stem_stride
-from lab.backbones.layers import ConvNorm, Norm, stem
+from lab.backbones.layers import ConvNorm, MaxPool, Norm, stem
 
 DENSE = 256
 """Width of the two dense layers; 4096 in the paper."""
@@ -38,11 +38,10 @@ class VGG(Staged):
         """
         first = nn.Sequential(stem(in_channels, widths[0], image_size, norm), *row(widths[0], widths[0], depths[0] - 1, norm))
         later = [
-            nn.Sequential(nn.MaxPool2d(2), *row(inputs, outputs, depth, norm))
-            for inputs, outputs, depth in zip(widths, widths[1:], depths[1:])
+            nn.Sequential(MaxPool(2), *row(inputs, outputs, depth, norm)) for inputs, outputs, depth in zip(widths, widths[1:], depths[1:])
         ]
         side = -(-image_size // stem_stride(image_size)) // 2 ** len(widths)
-        head = nn.Sequential(nn.MaxPool2d(2), *dropped(widths[-1] * side * side, DENSE, DENSE, dropout=dropout))
+        head = nn.Sequential(MaxPool(2), *dropped(widths[-1] * side * side, DENSE, DENSE, dropout=dropout))
         super().__init__([first, *later], widths, head, DENSE)
 
 

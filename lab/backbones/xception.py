@@ -18,7 +18,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from lab.backbones.backbone import Staged
-from lab.backbones.layers import ConvNorm, Norm, normalisation, stem
+from lab.backbones.layers import ConvNorm, MaxPool, Norm, normalisation, stem
 
 
 class SeparableConv(nn.Sequential):
@@ -54,7 +54,7 @@ class Separables(nn.Module):
         """
         super().__init__()
         layers = [layer for pair in pairwise(widths) for layer in separable(*pair, norm)]
-        self.branch = nn.Sequential(*layers, *([nn.MaxPool2d(3, 2, 1)] if pool else []))
+        self.branch = nn.Sequential(*layers, *([MaxPool(3, 2, 1)] if pool else []))
         self.shortcut = ConvNorm(widths[0], widths[-1], 1, 2, norm=norm, activation=None) if pool else nn.Identity()
 
     def forward(self, maps: Tensor) -> Tensor:
