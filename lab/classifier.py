@@ -2,7 +2,7 @@
 
     logits = W dropout(backbone(x)) + b        loss = cross-entropy with the label smoothed over all classes (Szegedy et al. 2015)
 
-Transfer (`init`) takes the backbone of another classifier. With `freeze` only what is new learns at first; with `thaw_every` the
+Transfer (`init`) takes the backbone of another classifier. With `freeze` only the last layer learns at first; with `thaw_every` the
 frozen parts join one by one, from the last to the first (gradual unfreezing, Howard & Ruder 2018), so that the noisy gradients of
 an untrained last layer do not wreck what was learnt before.
 """
@@ -58,7 +58,7 @@ class ClassifierExperiment(ImageExperiment):
     init: str = ""
     """Run of a classifier whose backbone this one begins with (and whose last layer too, where the classes are the same)."""
     freeze: bool = False
-    """Hold what came from `init`: at first only what is new learns."""
+    """Hold the backbone that came from `init`: at first only the last layer learns."""
     thaw_every: Natural = 0
     """Steps after which one more frozen part learns too, from the last to the first; 0: they stay frozen."""
     trainer: TrainerConfig = TrainerConfig(steps=4_000, precision="auto")
@@ -181,6 +181,8 @@ class ClassifierTask(ImageTask):
 
     def __init__(self, experiment: ClassifierExperiment, trainer: Trainer) -> None:
         super().__init__(experiment, trainer)
+        if not len(self.data.test):
+            raise UserError(f"{self.data.name}: no image is left for testing; every class needs two at least")
         self.facts |= {"framing": dataclasses.asdict(photo.framing(self.data.train))}
 
     def build(self, trainer: Trainer) -> Classifier:

@@ -54,7 +54,7 @@ from rl.sb3 import PPOConfig, SB3DQNConfig, SB3Experiment
 
 
 HIDDEN = 512
-"""Units over the whole last map, as in SB3's own network: an agent must know where things are, which their mean over places forgets."""
+"""Units over the whole last map, as in SB3's own network, where a backbone's own vector forgets where things are."""
 
 
 class BackboneExtractor(BaseFeaturesExtractor):
@@ -62,7 +62,9 @@ class BackboneExtractor(BaseFeaturesExtractor):
 
     def __init__(self, observation_space: spaces.Box, backbone: str, bf16: bool = False) -> None:
         frames, size, _ = observation_space.shape
-        torso = backbones.create(backbone, frames, size, hidden=HIDDEN)
+        torso = backbones.create(backbone, frames, size)
+        if torso.forgets_places:
+            torso = backbones.create(backbone, frames, size, hidden=HIDDEN)
         super().__init__(observation_space, torso.out_features)
         self.torso, self.bf16 = torso, bf16
 

@@ -1,10 +1,20 @@
 """What every test finds: a process in which no script has run yet."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of pytest's workers, and the processes that its tests start, one core: threads that share cores wait for each other."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

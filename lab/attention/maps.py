@@ -24,8 +24,7 @@ from torch.nn import functional as F
 from lab.attention import recorded
 from lab.attention.windows import WindowAttention, cut
 from lab.backbones import Backbone
-from lab.backbones.backbone import Average
-from lab.backbones.gpt import LastPlace
+from lab.backbones.backbone import Average, LastPlace
 from lab.backbones.swin import GRID, Swin
 from lab.backbones.transformer import PatchBackbone, Reader
 from lab.classifier import Classifier

@@ -34,6 +34,11 @@ class Backbone(nn.Module, ABC):
         return vector
 
     @property
+    def forgets_places(self) -> bool:
+        """Whether the vector comes from a mean over all places, which tells what is there but not where."""
+        return any(isinstance(module, Average) for module in self.head.modules())
+
+    @property
     def sequence(self) -> list[nn.Module]:
         """Its parts from the input to the output; fine-tuning thaws them from the last to the first."""
         return [part for child in self.children() for part in (child if isinstance(child, nn.ModuleList) else [child])]
@@ -99,6 +104,14 @@ class Average(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """Vectors (N, C)."""
         return maps.mean((2, 3))
+
+
+class LastPlace(nn.Module):
+    """The last place of a map, (N, C, h, w) to (N, C): of what was read in order, the only one that knows all of it."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Vectors (N, C)."""
+        return maps[:, :, -1, -1]
 
 
 def dense(inputs: int, *widths: int) -> nn.Sequential:

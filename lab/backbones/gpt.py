@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lab.attention.multihead import Cache
 from lab.attention.positions import Learned, Rotary
+from lab.backbones.backbone import LastPlace
 from lab.backbones.transformer import Encoder, EncoderLayer, PatchBackbone, Patches, normal_weights
 
 
@@ -125,14 +126,6 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
         logits = logits.masked_fill(logits < least, -math.inf)
     summed = (logits.double() / temperature).softmax(-1).cumsum(-1)  # in fp32 the sum could end below the number
     return (summed <= uniform[:, None].double() * summed[:, -1:]).sum(-1)
-
-
-class LastPlace(nn.Module):
-    """The last place of a map, (N, C, h, w) to (N, C): the only one that has seen all of the image."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Vectors (N, C)."""
-        return maps[:, :, -1, -1]
 
 
 class GPTBackbone(PatchBackbone):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lab.backbones.backbone import Backbone, as_numbers, stem_stride
+from lab.backbones.backbone import Backbone, LastPlace, as_numbers, stem_stride
 
 State = tuple[Tensor, ...]
 """What a cell carries from step to step, (N, width) each; the first is its output."""
@@ -142,7 +142,7 @@ class RowReader(Backbone):
         self.rows = stem_stride(image_size)
         self.missing = -image_size % self.rows
         self.recurrent = Recurrent(self.cell, in_channels * self.rows * image_size, width, layers)
-        self.head = Last()
+        self.head = LastPlace()
         self.out_channels = (width,)
         self.out_features = width
 
@@ -151,14 +151,6 @@ class RowReader(Backbone):
         rows = F.pad(as_numbers(images), (0, 0, 0, self.missing)).unflatten(2, (-1, self.rows))
         outputs, _ = self.recurrent(rows.transpose(1, 2).flatten(2))
         return [outputs.mT.unsqueeze(3)]
-
-
-class Last(nn.Module):
-    """The last step of a sequence, (N, C, steps, 1) to (N, C)."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Vectors (N, C)."""
-        return maps[:, :, -1, 0]
 
 
 class RNNReader(RowReader):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lab.data.folder import decode
 from lab.data.imageset import Split, as_float
 
-BLACK = 0.1
+BLACK = 0.2
 """A set whose borders are darker than this on average is one of figures drawn on black."""
 INK = 0.35
 """Brightness, as a part of the brightest, from which a pixel counts as drawn."""
@@ -107,7 +107,8 @@ def without_ground(image: Tensor, rounds: int = 5) -> Tensor:
     terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], -1)
     plain, surface = torch.ones_like(grey, dtype=torch.bool), grey
     for _ in range(rounds):  # what stands out of the surface is drawn, and does not count for the next one
-        surface = terms @ torch.linalg.lstsq(terms[plain], grey[plain, None]).solution[:, 0]
+        # In doubles, so that the last digits, which hang on where numbers lie in memory, are rounded off.
+        surface = terms @ torch.linalg.lstsq(terms[plain].double(), grey[plain, None].double()).solution[:, 0].float()
         rest = grey - surface
         plain = rest < 2 * rest[plain].std().clamp(min=1e-3)
     return ((image - surface) / (grey - surface).max().clamp(min=1e-3)).clamp(0, 1)

@@ -38,6 +38,19 @@ def test_pictures_are_read_by_class_in_order_of_name(classes):
     assert found.test.images.shape == (0, 1, 8, 8)
 
 
+def test_a_folder_that_is_not_here_is_looked_for_below_lab_data(classes, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="there is no such folder"):
+        read("pets")
+    classes.rename(tmp_path / "store").joinpath("cat").rename(tmp_path / "store" / "tom")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "store").rename(tmp_path / "data" / "pets")
+    monkeypatch.setenv("LAB_DATA", str(tmp_path / "data"))
+    assert read("pets").classes == ("dog", "tom")
+    picture(tmp_path / "pets" / "here" / "1.png")
+    assert read("pets").classes == ("here",)
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_a_split_without_a_part_is_refused(classes, fraction):
     with pytest.raises(ValueError, match="test_fraction: must lie between 0 and 1"):

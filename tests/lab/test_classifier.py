@@ -615,3 +615,14 @@ def test_pictures_can_be_drawn_without_a_mistake_and_of_any_names():
     mistaken = Judgement(torch.eye(3)[[1, 2, 0]], torch.arange(3))
     assert classifier.mistakes(mistaken, Split(images, torch.arange(3)), names).shape[0] == 3
     assert classifier.confusion(mistaken, names).shape[0] == 3
+
+
+def test_a_set_without_test_images_is_refused(tmp_path):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "only.png")
+    alone = DataConfig(name="folder", root=str(tmp_path), image_size=8)
+    with pytest.raises(UserError, match="no image is left for testing; every class needs two"):
+        Trainer(dataclasses.replace(EXPERIMENT, data=alone, model=ClassifierConfig(backbone="small")), World())
