@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,7 +62,7 @@ class Options(Settings):
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object and nothing else."""
     markdown: Path | None = None
-    """Write the table, without times, to this file and print nothing else."""
+    """Write the table, with what benchmarks/backbones.py measured, to this file and print nothing else."""
     plot: Path | None = None
     """Draw accuracy against cost in this file, .png or .svg, and print nothing else."""
 
@@ -84,10 +84,10 @@ def main() -> int:
     options = tyro.cli(Options, description=__doc__)
     names = matching(options.pattern)
     if options.plot:
-        draw(options.plot, measured(RESULTS, names))
+        draw(options.plot, measured(RESULTS, names, ("name", "accuracy", "parameters", "multiplies")))
         print(f"picture: {options.plot}")
     if options.markdown:
-        written(options.markdown, markdown([row(name, options, timed=False) for name in names], options.size))
+        written(options.markdown, markdown([row(name, options, timed=False) for name in names], options.size, learnt(RESULTS, names)))
         print(f"table: {options.markdown}")
     if options.plot or options.markdown:
         return 0
@@ -161,13 +161,25 @@ def entry(row: Row) -> dict[str, Any]:
     return found if row.times is None else {**found, "forward_seconds": row.times[0], "forward_backward_seconds": row.times[1]}
 
 
-def markdown(rows: Sequence[Row], size: int) -> str:
-    """The table as Markdown; no times, which would be those of one machine."""
-    headings = ["name", "family", "year", f"parameters at {size}", *(f"MACs at {each} (M)" for each in rows[0].multiplies), "paper"]
+def learnt(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    """What each backbone learnt in a minute, as the benchmark measured it: accuracy and images per second; nothing if it was not run."""
+    if not path.exists():
+        return {}
+    found = measured(path, names, ("name", "accuracy", "images_per_second"))
+    return {each["name"]: [f"{100 * each['accuracy']:.2f}", f"{each['images_per_second']:,.0f}"] for each in found}
+
+
+def markdown(rows: Sequence[Row], size: int, accuracies: Mapping[str, Sequence[str]]) -> str:
+    """The table as Markdown, with what the benchmark found, if it found it for each."""
+    complete = all(each.cost.name in accuracies for each in rows)
+    minute = ["MNIST, one minute (%)", "images/s"] if complete else []
+    macs = [f"MACs at {each} (M)" for each in rows[0].multiplies]
+    headings = ["name", "family", "year", f"parameters at {size}", *macs, *minute, "paper"]
     lines = [headings, ["---", "---", *["---:"] * (len(headings) - 3), "---"]]
     for each in rows:
-        name, family, year, _, *macs = cells(each)
-        lines.append([f"`{name}`", f"`{family}.py`", year, f"{each.cost.parameters:,}", *macs, each.cost.paper])
+        name, family, year, _, *counts = cells(each)
+        found = accuracies[name] if complete else []
+        lines.append([f"`{name}`", f"`{family}.py`", year, f"{each.cost.parameters:,}", *counts, *found, each.cost.paper])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -180,13 +192,13 @@ def written(path: Path, text: str) -> None:
 # The picture
 
 
-def measured(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """What the benchmark found of these backbones: name, accuracy (0 to 1), parameters, multiplies.
+def measured(path: Path, names: Sequence[str], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """What the benchmark found of these backbones, by the given keys; accuracy is from 0 to 1.
 
     Raises:
         UserError: it was not run, or not for any of them.
     """
-    keys, advice = ("name", "accuracy", "parameters", "multiplies"), "python benchmarks/backbones.py makes it"
+    advice = "python benchmarks/backbones.py makes it"
     try:
         rows = [{key: row[key] for key in keys} for row in json.loads(path.read_text())["rows"] if row["name"] in names]
     except FileNotFoundError:

@@ -119,6 +119,16 @@ def test_markdown_is_a_table_for_the_docs() -> None:
     assert rows[0] == ["`nature`", "`nature.py`", "2015", "105,120", "0.5", "6.9", create("nature", 1, 28).paper]
 
 
+def test_markdown_tells_what_was_learnt_in_a_minute_where_that_was_measured_for_each() -> None:
+    found()
+    call("[ns]mall", "--markdown", "table.md")
+    head, _, row = [[cell.strip() for cell in each.strip("|").split("|")] for each in Path("table.md").read_text().splitlines()]
+    assert head[-3:-1] == ["MNIST, one minute (%)", "images/s"]
+    assert row[-3:-1] == ["92.00", "1,000"]
+    call("*net*", "--markdown", "table.md")
+    assert "minute" not in Path("table.md").read_text()
+
+
 def test_help_teaches_by_examples() -> None:
     printed = call("--help")
     assert 'python scripts/backbones.py "*res*"' in printed
