@@ -157,7 +157,8 @@ def test_the_picture_has_a_dot_and_a_name_for_each() -> None:
     assert names_in("cost.svg") == MEASURED
     across, up, areas = numpy.array(dots_in("cost.svg")).T
     assert numpy.diff(across) == pytest.approx(numpy.diff(across)[0] * numpy.ones(3), abs=0.01)  # ten times the cost each, on a log axis
-    assert numpy.diff(up) == pytest.approx(numpy.diff(up)[0] * numpy.ones(3), abs=0.01)
+    odds = numpy.log([share / (1 - share) for share in (0.9, 0.92, 0.94, 0.96)])
+    assert numpy.diff(up) / numpy.diff(odds) == pytest.approx(numpy.diff(up)[0] / numpy.diff(odds)[0] * numpy.ones(3), rel=1e-3)
     assert numpy.diff(across)[0] > 0
     assert numpy.diff(up)[0] > 0
     assert areas[1:] / areas[:-1] == pytest.approx(5 * numpy.ones(3), rel=1e-3)  # five times the parameters each
