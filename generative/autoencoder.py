@@ -16,7 +16,7 @@ from torch import Tensor
 from generative.model import (
     EvaluationConfig,
     GeneratorExperiment,
-    GeneratorModule,
+    CodedGenerator,
     GeneratorTask,
     encode_all,
     neighbour_accuracy,
@@ -88,7 +88,7 @@ def corrupt(images: Tensor, noise: Tensor, kind: str, strength: float) -> Tensor
     return images
 
 
-class Autoencoder(GeneratorModule):
+class Autoencoder(CodedGenerator):
     """Encoder and decoder, and the Gaussian over codes that sampling draws from."""
 
     mean: Tensor

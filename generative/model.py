@@ -8,13 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lab import media
-from lab.config import Count, Natural, Settings
+from lab.config import Count, Natural, NonNegative, Settings
 from lab.data import ImageSet, Split, as_float
 from lab.images import ImageExperiment, ImageTask, Shape, Trained, load_trained
 from lab.trainer import Trainer
@@ -34,17 +34,67 @@ class EvaluationConfig(Settings):
     """Seed of all that is drawn while judging."""
 
 
-class Generator(ABC):
-    """A model that makes images: what `sample.py`, `evaluate.py` and the studio take."""
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Settings):
+    """How pictures are drawn. Every family knows some of this (its `knobs`); 0 or `auto` leaves a value to the model's own settings."""
+
+    sampler: str = "auto"
+    """Diffusion: the way from noise to picture, such as ddim or dpmpp; a wrong one gets the list."""
+    steps: Natural = 0
+    """Steps of the sampler (diffusion), or rounds in which all tokens are filled in (masked tokens)."""
+    guidance: NonNegative = 0.0
+    """Weight of the class (classifier-free guidance); 1: as learnt, above: clearer and less varied."""
+    temperature: NonNegative = 0.0
+    """Below 1: likelier and less varied pictures."""
+    top_k: Natural = 0
+    """Draw each token from so many of the likeliest only."""
+
+
+class Generator(nn.Module, ABC):
+    """A model that makes images of noise: what `sample.py`, `evaluate.py` and the studio take."""
 
     shape: Shape
     classes: tuple[str, ...]
     latent: int
+    """Standard normal numbers that an image is made of."""
+    knobs: ClassVar[frozenset[str]] = frozenset()
+    """Which fields of a `SamplingConfig` it knows."""
 
     @property
     @abstractmethod
     def conditional(self) -> bool:
         """Whether sampling needs labels."""
+
+    @abstractmethod
+    def generate(self, noise: Tensor, labels: Tensor, how: SamplingConfig, generator: torch.Generator | None = None) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] of noise (N, latent) and labels (N,), which matter to conditional models only.
+
+        Args:
+            generator: of what else is drawn on the way, by families whose way is random.
+        """
+
+    def evaluate(self, data: ImageSet, config: EvaluationConfig) -> dict[str, float | str]:
+        """What only this family can tell of the test set, such as a likelihood; `protocol` says how it was taken."""
+        return {}
+
+    def sample(self, count: int, labels: Tensor, generator: torch.Generator, how: SamplingConfig = SamplingConfig()) -> Tensor:
+        """Draw images (count, C, H, W) in [0, 1] for labels (count,), some hundred at a time; the same generator draws the same."""
+        noise = torch.randn(count, self.latent, generator=generator, device=generator.device).to(labels.device)
+        return self.generate_all(noise, labels, how, generator)
+
+    def generate_all(
+        self, noise: Tensor, labels: Tensor, how: SamplingConfig = SamplingConfig(), generator: torch.Generator | None = None, rows: int = 500
+    ) -> Tensor:
+        """As `generate`, `rows` images at a time."""
+        parts = zip(noise.split(rows), labels.split(rows))
+        return torch.cat([self.generate(part, part_labels, how, generator) for part, part_labels in parts])
+
+
+class CodedGenerator(Generator):
+    """A generator with a way back, from images to codes: an autoencoder, a flow, a diffusion model without chance on its way."""
+
+    exact: ClassVar[bool] = False
+    """Whether an image comes back as it was, so that there is nothing to see in reconstructions."""
 
     @abstractmethod
     def encode(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -58,22 +108,13 @@ class Generator(ABC):
         """Codes (N, latent) of the model's prior, from standard normal noise (N, latent)."""
         return noise
 
-    @abstractmethod
-    def evaluate(self, data: ImageSet, config: EvaluationConfig) -> dict[str, float | str]:
-        """Scores on the test set, `protocol` saying how they were taken."""
-
-    def sample(self, count: int, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw images (count, C, H, W) in [0, 1]; labels (count,) matter to conditional models only."""
-        noise = torch.randn(count, self.latent, generator=generator, device=generator.device)
-        return self.decode(self.codes(noise.to(labels.device)), labels)
+    def generate(self, noise: Tensor, labels: Tensor, how: SamplingConfig, generator: torch.Generator | None = None) -> Tensor:
+        """Images of the codes that the prior makes of noise."""
+        return self.decode(self.codes(noise), labels)
 
     def reconstruct(self, images: Tensor, labels: Tensor) -> Tensor:
         """Images after the way through the code and back."""
         return self.decode(self.encode(images, labels), labels)
-
-
-class GeneratorModule(nn.Module, Generator):
-    """A generator that is a torch module, as all of ours are."""
 
 
 # Training
@@ -84,7 +125,7 @@ class GeneratorExperiment(ImageExperiment, ABC):
     """An experiment that trains a generator."""
 
     @abstractmethod
-    def network(self, shape: Shape, classes: tuple[str, ...]) -> GeneratorModule:
+    def network(self, shape: Shape, classes: tuple[str, ...]) -> Generator:
         """The untrained model."""
 
 
@@ -97,14 +138,16 @@ class GeneratorTask(ImageTask):
 
     @torch.no_grad()
     def preview(self, trainer: Trainer) -> dict[str, float | int | str]:
-        """Test scores, a grid of samples from always the same noise, and a grid of test images above their reconstructions."""
+        """Test scores, a grid of samples from always the same noise and, of what encodes, test images above their reconstructions."""
         with self.learner.judged() as judged:
-            model = cast(GeneratorModule, judged)
+            model = cast(Generator, judged)
             labels = spread_labels(64, model.classes).to(trainer.world.device)
             samples = model.sample(64, labels, torch.Generator().manual_seed(0))
             scores = {f"eval/{name}": value for name, value in self.test(model, 2000).items()}
-            pictures = trainer.picture("samples", media.grid(samples))
-            return scores | pictures | trainer.picture("reconstructions", reconstructions(model, self.data))
+            row = scores | trainer.picture("samples", media.grid(samples))
+            if isinstance(model, CodedGenerator) and not model.exact:
+                row |= trainer.picture("reconstructions", reconstructions(model, self.data))
+            return row
 
 
 def spread_labels(count: int, classes: Sequence[str]) -> Tensor:
@@ -112,7 +155,7 @@ def spread_labels(count: int, classes: Sequence[str]) -> Tensor:
     return torch.arange(count) % max(1, len(classes))
 
 
-def reconstructions(model: Generator, images: ImageSet, count: int = 32) -> Tensor:
+def reconstructions(model: CodedGenerator, images: ImageSet, count: int = 32) -> Tensor:
     """One picture of test images, each above what the model makes of it."""
     chosen = images.test.spread(count)
     part = as_float(chosen.images)
@@ -125,7 +168,7 @@ def reconstructions(model: Generator, images: ImageSet, count: int = 32) -> Tens
 
 
 @torch.no_grad()
-def neighbour_accuracy(model: Generator, images: ImageSet, neighbours: int = 5, limit: int = 10_000) -> dict[str, float]:
+def neighbour_accuracy(model: CodedGenerator, images: ImageSet, neighbours: int = 5, limit: int = 10_000) -> dict[str, float]:
     """How well the code tells classes apart: accuracy of a k-nearest-neighbour vote among training codes, without training."""
     train, test = images.train.spread(limit), images.test.spread(limit)
     codes, queries = encode_all(model, train), encode_all(model, test)
@@ -134,7 +177,7 @@ def neighbour_accuracy(model: Generator, images: ImageSet, neighbours: int = 5, 
     return {"neighbour_accuracy": float((votes == test.labels).double().mean())}
 
 
-def encode_all(model: Generator, split: Split, rows: int = 500) -> Tensor:
+def encode_all(model: CodedGenerator, split: Split, rows: int = 500) -> Tensor:
     """The codes of a whole split, (N, latent)."""
     pairs = zip(split.images.split(rows), split.labels.split(rows))
     return torch.cat([model.encode(as_float(images), labels) for images, labels in pairs])
@@ -142,7 +185,7 @@ def encode_all(model: Generator, split: Split, rows: int = 500) -> Tensor:
 
 # Loading
 
-Loaded = Trained[GeneratorModule]
+Loaded = Trained[Generator]
 
 
 def load(name: str, device: str | torch.device = "cpu") -> Loaded:

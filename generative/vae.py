@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generative.model import EvaluationConfig, GeneratorExperiment, GeneratorModule, GeneratorTask, neighbour_accuracy
+from generative.model import EvaluationConfig, GeneratorExperiment, CodedGenerator, GeneratorTask, neighbour_accuracy
 from generative.networks import Decoder, Encoder, NetworkConfig
 from lab import seeding
 from lab.config import Count, Natural, NonNegative, Settings
@@ -134,7 +134,7 @@ def dequantise(images: Tensor, uniform: Tensor) -> Tensor:
     return (images * 255 + uniform) / 256
 
 
-class VAE(GeneratorModule):
+class VAE(CodedGenerator):
     """Encoder, decoder and the pixels' distribution."""
 
     def __init__(self, config: VAEConfig, shape: Shape, classes: tuple[str, ...]) -> None:

@@ -40,6 +40,10 @@ class ImageExperiment(Experiment, ABC):
         """The images to train and test on, on the CPU."""
         return data.load(self.data)
 
+    def rebuild(self, facts: Mapping[str, Any]) -> nn.Module:
+        """The model of a run whose weights are about to be loaded, from what its task noted down (`facts`)."""
+        return self.network(tuple(facts["shape"]), tuple(facts["classes"]))
+
 
 class ImageTask(ABC):
     """Training of one module on a set of images; a kind of model adds its loss and its preview."""
@@ -113,7 +117,7 @@ def load_trained(name: str, families: Mapping[str, str], device: str | torch.dev
     experiment = loading.settings_of(found.run, families)
     saved = loading.saved(found, ("model", "ema"))
     facts = saved.notes["facts"]
-    model = experiment.network(tuple(facts["shape"]), tuple(facts["classes"]))
+    model = experiment.rebuild(facts)
     model.load_state_dict(trained_weights(saved))
     return Trained(model.to(device).eval().requires_grad_(False), experiment, found.run, saved.step, facts)
 
