@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from generative.model import (
+    CodedGenerator,
     EvaluationConfig,
     GeneratorExperiment,
-    CodedGenerator,
     GeneratorTask,
     encode_all,
     neighbour_accuracy,

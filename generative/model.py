@@ -19,7 +19,17 @@ from lab.data import ImageSet, Split, as_float
 from lab.images import ImageExperiment, ImageTask, Shape, Trained, load_trained
 from lab.trainer import Trainer
 
-FAMILIES = {"autoencoder": "generative.autoencoder", "vae": "generative.vae"}
+FAMILIES = {
+    "autoencoder": "generative.autoencoder",
+    "vae": "generative.vae",
+    "vqvae": "generative.vqvae",
+    "tokens": "generative.tokens",
+    "gan": "generative.gan",
+    "superresolution": "generative.superresolution",
+    "flow": "generative.flow",
+    "diffusion": "generative.diffusion",
+    "distillation": "generative.distillation",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +93,12 @@ class Generator(nn.Module, ABC):
         return self.generate_all(noise, labels, how, generator)
 
     def generate_all(
-        self, noise: Tensor, labels: Tensor, how: SamplingConfig = SamplingConfig(), generator: torch.Generator | None = None, rows: int = 500
+        self,
+        noise: Tensor,
+        labels: Tensor,
+        how: SamplingConfig = SamplingConfig(),
+        generator: torch.Generator | None = None,
+        rows: int = 500,
     ) -> Tensor:
         """As `generate`, `rows` images at a time."""
         parts = zip(noise.split(rows), labels.split(rows))

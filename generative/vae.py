@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generative.model import EvaluationConfig, GeneratorExperiment, CodedGenerator, GeneratorTask, neighbour_accuracy
+from generative.model import CodedGenerator, EvaluationConfig, GeneratorExperiment, GeneratorTask, neighbour_accuracy
 from generative.networks import Decoder, Encoder, NetworkConfig
 from lab import seeding
 from lab.config import Count, Natural, NonNegative, Settings
