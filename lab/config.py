@@ -354,6 +354,18 @@ def leaves(settings: Settings, prefix: str = "") -> dict[str, Any]:
     return values
 
 
+def from_leaves(default: S, values: Mapping[str, Any], prefix: str = "") -> S:
+    """Nested settings again from `leaves`, which may have been JSON in between; what is missing stays as it is in `default`."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(default):
+        value, key = getattr(default, field.name), prefix + field.name
+        if isinstance(value, Settings):
+            changes[field.name] = from_leaves(value, values, f"{key}.")
+        elif key in values:
+            changes[field.name] = tuple(values[key]) if isinstance(values[key], list) else values[key]
+    return dataclasses.replace(default, **changes)
+
+
 def _unknown(default: Settings, given: Mapping[str, Given]) -> list[str]:
     known = list(leaves(default))
     sections = {key.rpartition(".")[0] for key in known} - {""}

@@ -119,7 +119,8 @@ def load_trained(name: str, families: Mapping[str, str], device: str | torch.dev
     facts = saved.notes["facts"]
     model = experiment.rebuild(facts)
     model.load_state_dict(trained_weights(saved))
-    return Trained(model.to(device).eval().requires_grad_(False), experiment, found.run, saved.step, facts)
+    model.to(device=device, memory_format=torch.channels_last)  # where convolutions are faster, on a GPU and on a CPU in fp32
+    return Trained(model.eval().requires_grad_(False), experiment, found.run, saved.step, facts)
 
 
 def trained_weights(saved: Checkpoint) -> dict[str, Tensor]:

@@ -88,6 +88,11 @@ class Shard:
         return torch.randn(self.batch, *shape, generator=self._generator(stream), device=self.device)[self._rows]
 
     @property
+    def places(self) -> Tensor:
+        """Which rows of the batch these are, int64 (count,)."""
+        return torch.arange(self.first, self.first + self.count, device=self.device)
+
+    @property
     def _rows(self) -> slice:
         return slice(self.first, self.first + self.count)
 

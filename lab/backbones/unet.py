@@ -183,6 +183,7 @@ class UNet(nn.Module):
         heads: int = 4,
         classes: int = 0,
         time: bool = False,
+        fold: int = 1,
     ) -> None:
         """Args:
         image_size: pixels a side that it is meant for; it takes others too.
@@ -191,9 +192,12 @@ class UNet(nn.Module):
         heads: of the attention at the coarsest size; a divisor of the last width.
         classes: how many labels there are; 0: it takes none.
         time: whether it takes times.
+        fold: so many pixels a side become the channels of one place before all, and places become pixels again after all; the
+            finest maps, on which a U-Net spends most, are then spared. The image must be a multiple of it.
         """
         super().__init__()
-        widths = tuple(widths) or usual_widths(image_size)
+        self.fold, in_channels, out_channels = fold, in_channels * fold**2, out_channels * fold**2
+        widths = tuple(widths) or usual_widths(image_size // fold)
         condition = 4 * widths[0] if classes or time else 0
         self.condition = Condition(widths[0], condition, classes, time)
         self.contracting = nn.ModuleList(contracting_path(in_channels, widths, blocks, heads, condition))
@@ -214,15 +218,14 @@ class UNet(nn.Module):
             ValueError: times or labels are missing, or given to a network without.
         """
         condition = self.condition(times, labels)
-        maps = images
+        maps = F.pixel_unshuffle(images, self.fold)
         skips = []
         for stage in self.contracting:
             maps = stage(maps, condition)
             skips.append(maps)
         for stage, skip in zip(self.expanding, skips[-2::-1]):
             maps = stage(maps, skip, condition)
-        outputs: Tensor = self.last(F.silu(self.normalise(maps)))
-        return outputs
+        return F.pixel_shuffle(self.last(F.silu(self.normalise(maps))), self.fold)
 
 
 class UNetBackbone(Staged):

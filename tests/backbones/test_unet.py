@@ -292,3 +292,18 @@ def test_it_learns_to_do_with_the_image_what_the_label_says():
         loss.backward()
         optimizer.step()
     assert loss < 0.1  # 1 at first: the energy of the noise
+
+
+def test_a_folded_unet_is_one_of_fewer_places_and_more_channels():
+    """Each 2x2 pixels are the channels of one place, in the order of torch's pixel_unshuffle, and come back as they went."""
+    torch.manual_seed(0)
+    folded = UNet(2, 3, 8, widths=(8, 16), time=True, fold=2)
+    with torch.no_grad():
+        folded.last.weight.normal_()
+    inner = UNet(8, 12, 4, widths=(8, 16), time=True)
+    inner.load_state_dict(folded.state_dict())
+    images, times = torch.randn(2, 2, 8, 8), torch.tensor([3.0, 500.0])
+    blocks = images.unflatten(3, (4, 2)).unflatten(2, (4, 2))  # (N, C, 4, 2, 4, 2)
+    places = blocks.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    told = inner(places, times).unflatten(1, (3, 2, 2)).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 8, 8)
+    torch.testing.assert_close(folded(images, times), told)

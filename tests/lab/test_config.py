@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from lab.config import (
     Positive,
     Settings,
     dump,
+    from_leaves,
     leaves,
     read,
     read_arguments,
@@ -526,3 +528,9 @@ def test_texts_that_look_like_something_else_come_back_as_texts(tmp_path, text):
 def test_an_option_without_its_value_is_told_so():
     with pytest.raises(ConfigError, match=r"'count': expected an integer .*, found nothing"):
         resolve(DEFAULT, read_arguments(["--count"]).options)
+
+
+def test_settings_come_back_from_their_leaves_through_json():
+    settings = dataclasses.replace(DEFAULT, count=7, words=("a", "b"), inner=Inner(betas=(0.1, 0.2), note="fast"))
+    assert from_leaves(DEFAULT, json.loads(json.dumps(leaves(settings)))) == settings
+    assert from_leaves(DEFAULT, {"inner.rate": 0.5}) == dataclasses.replace(DEFAULT, inner=Inner(rate=0.5))
