@@ -361,12 +361,16 @@ class Diffusion(CodedGenerator):
         """Images of noise (N, latent), by the model's own sampler."""
         return self.generate(codes, labels, SamplingConfig())
 
+    def chain(self) -> list[Point]:
+        """The steps whose bound is taken: until noise is a quarter of a byte, where images are told apart by what they are."""
+        return self.process.chain(1 / 255 / 4 / float(self.scale.min()))
+
     def evaluate(self, data: ImageSet, config: EvaluationConfig) -> dict[str, float | str]:
         """A bound on the bits per dimension of the test images."""
         if self.coder:
             return {}
         split = data.test.spread(config.images)
-        protocol = f"{data.name} test, {len(split)} images, {BOUND_DRAWS} of {self.process.most} steps for each, seed {config.seed}"
+        protocol = f"{data.name} test, {len(split)} images, {BOUND_DRAWS} of {len(self.chain())} steps for each, seed {config.seed}"
         return {"protocol": protocol, **measured_bound(self, split, config.seed)}
 
 
@@ -423,7 +427,7 @@ def log_bytes(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measured_bound(model: Diffusion, split: Split, seed: int, rows: int = 250) -> dict[str, float]:
-    """Bits per dimension of images by the variational bound of the ancestral sampler with all its steps, with its three parts.
+    """Bits per dimension of images by the variational bound of the ancestral sampler with very many steps, with its three parts.
 
     Of the steps, some are drawn for each image, one from each of as many equal stretches.
     """
@@ -438,7 +442,7 @@ def measured_bound(model: Diffusion, split: Split, seed: int, rows: int = 250) -
 
 def bound_parts(model: Diffusion, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Nats per dimension of each image, (N,): of the prior, of all steps but the last, and of the last."""
-    points = model.process.points(model.process.most)[:-1]
+    points = model.chain()
     x0, end, count = model.scaled(images, labels), points[-1], len(images)
     table = torch.tensor([(point.alpha, point.sigma, point.time) for point in points], dtype=torch.float64, device=x0.device)
     draws = noise_like(x0, generator)
@@ -471,6 +475,9 @@ class DiffusionTask(GeneratorTask):
 
     def build(self, trainer: Trainer) -> Diffusion:
         """The untrained model, with its scale."""
+        if trainer.noted is not None:
+            self.facts["coder"] = trainer.noted["coder"]
+            return self.experiment.rebuild(self.facts)
         model: Diffusion = super().build(trainer)
         model.fit_scale(self.data.train)
         self.facts["coder"] = dataclasses.asdict(model.coder.config) if model.coder else {}

@@ -29,6 +29,7 @@ from generative.model import EvaluationConfig, GeneratorExperiment, GeneratorTas
 from generative.processes import Moment, Process
 from generative.samplers import Denoise, Point, Sampler, find
 from lab import seeding
+from lab.checkpoint import Stateful
 from lab.config import Count, NonNegative, Settings, UserError, from_leaves, leaves
 from lab.data import ImageSet
 from lab.experiment import TrainerConfig
@@ -87,8 +88,12 @@ class DistillationExperiment(GeneratorExperiment):
 
     def rebuild(self, facts: Mapping[str, Any]) -> Student:
         """The student of a run, from what was noted down of the teacher's settings."""
-        teacher: DiffusionExperiment = from_leaves(diffusion.EXPERIMENT, facts["teacher"])
-        return copied(self.model, teacher.rebuild(facts))
+        return copied(self.model, self.rebuild_teacher(facts))
+
+    def rebuild_teacher(self, facts: Mapping[str, Any]) -> Diffusion:
+        """The teacher's untrained model."""
+        settings: DiffusionExperiment = from_leaves(diffusion.EXPERIMENT, facts["teacher"])
+        return settings.rebuild(facts)
 
     def task(self, trainer: Trainer) -> DistillationTask:
         """Lessons."""
@@ -155,10 +160,20 @@ class DistillationTask(GeneratorTask):
 
     def build(self, trainer: Trainer) -> Student:
         """The student as a copy of the teacher, who stays beside."""
-        found = self.experiment.load_teacher(self.data.shape, self.data.classes)
-        self.teacher = cast(Diffusion, found.model).to(trainer.world.device)
-        self.facts |= {**found.facts, "teacher": leaves(found.experiment)}
+        if trainer.noted is not None:  # the teacher's weights are in the checkpoint
+            self.facts |= {name: trainer.noted[name] for name in ("coder", "teacher")}
+            teacher = self.experiment.rebuild_teacher(self.facts)
+        else:
+            found = self.experiment.load_teacher(self.data.shape, self.data.classes)
+            self.facts |= {"coder": found.facts["coder"], "teacher": leaves(found.experiment)}
+            teacher = cast(Diffusion, found.model)
+        teacher.to(device=trainer.world.device, memory_format=trainer.layout)  # type: ignore[call-overload]
+        self.teacher = teacher.eval().requires_grad_(False)
         return copied(self.experiment.model, self.teacher)
+
+    def parts(self) -> Mapping[str, Stateful]:
+        """The student's, and the teacher: a run that goes on needs nobody else's folder."""
+        return {**super().parts(), "teacher": self.teacher}
 
     def loss(self, shard: Shard) -> tuple[Tensor, Metrics]:
         """The mean error of a shard, an equal part of which stands at the start of each stretch."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lab import media
-from lab.config import Count, Natural, NonNegative, Settings
+from lab.config import Count, Natural, NonNegative, Settings, UserError, leaves
 from lab.data import ImageSet, Split, as_float
 from lab.images import ImageExperiment, ImageTask, Shape, Trained, load_trained
 from lab.trainer import Trainer
@@ -40,8 +40,19 @@ class EvaluationConfig(Settings):
     """Images of the test set, evenly spaced; all where it has no more."""
     importance_samples: Count = 1000
     """K of the importance-sampled log-likelihood: time grows with it, the gap to the true value shrinks."""
+    samples: Count = 10_000
+    """Images drawn to be compared with real ones; distances depend on how many there are."""
+    features: str = ""
+    """Run of a classifier in whose eyes samples are compared with real images; empty: the one that comes with the set, if any does."""
+    cas: bool = False
+    """Classification accuracy score too: train a classifier on samples alone, and another one on as many real images."""
     seed: Natural = 0
     """Seed of all that is drawn while judging."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 50:
+            raise ValueError(f"samples: nothing can be said of fewer than 50, found {self.samples}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +69,18 @@ class SamplingConfig(Settings):
     """Below 1: likelier and less varied pictures."""
     top_k: Natural = 0
     """Draw each token from so many of the likeliest only."""
+
+    def check(self, model: Generator) -> None:
+        """Refuse what the model does not know.
+
+        Raises:
+            UserError: names it, and what the model knows.
+        """
+        given = [name for name, value in leaves(self).items() if value != leaves(SamplingConfig())[name]]
+        known = [name for name in leaves(self) if name in model.knobs]
+        if unknown := [name for name in given if name not in known]:
+            these, those = (" ".join(f"--{name.replace('_', '-')}" for name in names) for names in (unknown, known))
+            raise UserError(f"{these}: this model does not know that; of the settings for sampling it knows {those or 'none'}")
 
 
 class Generator(nn.Module, ABC):

@@ -77,6 +77,13 @@ class Process(ABC):
             UserError: the process has not so many steps.
         """
 
+    @abstractmethod
+    def chain(self, finest: float) -> list[Point]:
+        """The points of the ancestral sampler whose bound on the likelihood is taken, down to where sigma / alpha is `finest`.
+
+        Only some of its steps are looked at, so that more of them cost nothing and make the bound tighter.
+        """
+
     @property
     def most(self) -> int:
         """The most steps that a sampler can take, or that are worth taking."""
@@ -89,6 +96,11 @@ class Process(ABC):
     def start(self, noise: Tensor) -> Tensor:
         """Where samplers begin, of standard normal noise."""
         return noise
+
+
+def falling(high: float, low: float, count: int = 10_000) -> Tensor:
+    """Numbers that fall by the same factor each, float64 (count,)."""
+    return torch.linspace(math.log(high), math.log(low), count, dtype=torch.float64).exp()
 
 
 def normal_numbers(uniform: Tensor) -> Tensor:
@@ -189,6 +201,10 @@ class DDPMConfig(Settings, Process):
         indices = [round(self.times - place * self.times / steps) - 1 for place in range(steps)]
         return [*(self.at(index) for index in indices), Point(1.0, 0.0, 0.0)]
 
+    def chain(self, finest: float) -> list[Point]:
+        """All steps that were trained on; there are no others."""
+        return self.points(self.times)[:-1]
+
 
 # Elucidated diffusion
 
@@ -227,8 +243,15 @@ class EDMConfig(Settings, Process):
         """sigma^(1/rho) falls evenly (equation 5)."""
         places = torch.linspace(0, 1, steps, dtype=torch.float64)
         high, low = self.largest ** (1 / self.rho), self.smallest ** (1 / self.rho)
-        sigmas = (high + places * (low - high)) ** self.rho
-        return [*(Point(1.0, float(sigma), float(self.told(sigma))) for sigma in sigmas), Point(1.0, 0.0, 0.0)]
+        return [*self.at((high + places * (low - high)) ** self.rho), Point(1.0, 0.0, 0.0)]
+
+    def at(self, sigmas: Tensor) -> list[Point]:
+        """The points of some sigmas."""
+        return [Point(1.0, sigma, time) for sigma, time in zip(sigmas.tolist(), self.told(sigmas).tolist())]
+
+    def chain(self, finest: float) -> list[Point]:
+        """sigma falls by the same factor each step."""
+        return self.at(falling(self.largest, finest))
 
     def start(self, noise: Tensor) -> Tensor:
         """Noise of the largest sigma."""
@@ -264,3 +287,8 @@ class FlowMatchingConfig(Settings, Process):
         times = [1 - place / steps for place in range(steps + 1)]
         shifted = [self.shift * time / (1 + (self.shift - 1) * time) for time in times]
         return [Point(1 - time, time, time * TIMES) for time in shifted]
+
+    def chain(self, finest: float) -> list[Point]:
+        """sigma / alpha falls by the same factor each step, after a first one from pure noise."""
+        ratios = falling(1000.0, finest).tolist()
+        return [Point(0.0, 1.0, TIMES), *(Point(1 / (1 + ratio), ratio / (1 + ratio), ratio / (1 + ratio) * TIMES) for ratio in ratios)]

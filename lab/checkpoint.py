@@ -342,6 +342,17 @@ def load_newest(root: Path, only: Collection[str] = ()) -> Checkpoint | None:
     return None
 
 
+def noted(root: Path) -> Mapping[str, Any] | None:
+    """The notes of the newest checkpoint below a folder whose manifest can be read, {} if none can; None where there is no checkpoint."""
+    for folder in folders(root):
+        try:
+            notes: Mapping[str, Any] = _manifest(folder)["notes"]
+            return notes
+        except DamagedCheckpoint:
+            continue
+    return {} if folders(root) else None
+
+
 # Putting back
 
 

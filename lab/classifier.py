@@ -188,7 +188,7 @@ class ClassifierTask(ImageTask):
     def build(self, trainer: Trainer) -> Classifier:
         """The model at the first step: untrained, or with the weights of another run."""
         model: Classifier = super().build(trainer)
-        if (init := self.experiment.init) and trainer.fresh:
+        if (init := self.experiment.init) and trainer.noted is None:
             saved = trainer.world.share(source(init) if trainer.world.main else None)
             begin(model, cast(Checkpoint, saved), init)
         return model

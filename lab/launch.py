@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +62,11 @@ class Order:
     folder: Path | None
     show: bool
 
-    @property
-    def fresh(self) -> bool:
-        """Whether there is no checkpoint to go on from."""
-        return not (self.resume and checkpoint.folders(self.resume.checkpoints))
+    def noted(self, world: World) -> Mapping[str, Any] | None:
+        """The facts in the checkpoint that training goes on from, which the main process reads for all; None if there is none."""
+        notes = checkpoint.noted(self.resume.checkpoints) if self.resume and world.main else None
+        facts: Mapping[str, Any] | None = world.share(None if notes is None else notes.get("facts", {}))
+        return facts
 
 
 def _launch(default: Experiment, about: str, argv: Sequence[str]) -> int:
@@ -158,7 +159,7 @@ def _train(order: Order) -> int:
     trainer_config = experiment.trainer
     world = distributed.join(trainer_config.device, trainer_config.threads, trainer_config.deterministic)
     if not world.main:
-        trainer = Trainer(experiment, world, order.fresh)
+        trainer = Trainer(experiment, world, order.noted(world))
         trainer.resume(None)
         status = trainer.fit()
         world.leave()
@@ -171,7 +172,7 @@ def _train_main(order: Order, experiment: Experiment, world: World) -> int:
     config = dump(experiment, experiment.experiment)
     # Both first, so that a mistake in the data or a missing key leaves no empty run behind.
     resolved_mode(experiment.tracking)
-    trainer = Trainer(experiment, world, order.fresh)
+    trainer = Trainer(experiment, world, order.noted(world))
     run = order.resume or runs.create(experiment.name, order.folder, config)
     with ExitStack() as stack:
         stack.enter_context(runs.owned(run))

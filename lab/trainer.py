@@ -14,7 +14,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
@@ -81,11 +81,11 @@ class TrainingStopped(Exception):
 class Trainer:
     """Runs a task from its last checkpoint to the last step."""
 
-    def __init__(self, experiment: Experiment, world: World, fresh: bool = True) -> None:
+    def __init__(self, experiment: Experiment, world: World, noted: Mapping[str, Any] | None = None) -> None:
         """Args:
-        fresh: whether training begins with the first step; otherwise a checkpoint will replace whatever the task begins with.
+        noted: the facts in the checkpoint that will replace whatever the task begins with; None: training begins with the first step.
         """
-        self.fresh = fresh
+        self.noted = noted
         self.experiment, self.config, self.world = experiment, experiment.trainer, world
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.window = Window()

@@ -1,12 +1,19 @@
-"""Judge a trained model on its test set, or a trained agent by whole games.
+"""Judge a trained model on its test set and by its samples, or a trained agent by whole games.
 
     python scripts/evaluate.py latest
     python scripts/evaluate.py RUN --importance-samples 1000 --json
+    python scripts/evaluate.py RUN RUN RUN                       generators side by side, or the seeds of one agent together
+    python scripts/evaluate.py RUN --sampler dpmpp --steps 10 --guidance 1.5 --samples 2000
+    python scripts/evaluate.py RUN --cas                         also what a classifier learns from samples alone
+    python scripts/evaluate.py RUN --features CLASSIFIER         in the eyes of a classifier of your own
     python scripts/evaluate.py RUN --games 100 --policy greedy
-    python scripts/evaluate.py RUN RUN RUN                       the seeds of one setting together
 
 For a classifier: accuracy with its 95 % interval, the confusion matrix and the surest mistakes as pictures in media/.
-For a VAE: the bound and the importance-sampled log-likelihood in nats per image. For an autoencoder: the squared error.
+For a generator: what its family can tell (bound and log-likelihood of a VAE, squared error of an autoencoder, ...), then how far its
+samples lie from real images, which part of them shows the class that was asked for, whether a class is missing, and how many are
+copies of training images (the nearest ones in media/neighbours.png). Beside them stands the floor, which is what training images
+score in place of samples, and below them a ladder of damaged images, to show what a distance means. Distances depend on the
+classifier in whose eyes they are taken; its name, which ends in a checksum of it, stands with each.
 For an agent: mean, median and inter-quartile mean of the real score, with a 95 % interval, beside those of people and of
 random play; several runs are taken together, run by run and then game by game. The protocol is spelt out each time. The
 scores of each run also go to evaluation.json in its folder (evaluation_random.json with --random). RUN is a run folder, a
@@ -15,9 +22,10 @@ checkpoint folder or `latest`.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -25,10 +33,12 @@ import torch
 import tyro
 from rich.table import Table
 
+from generative import metrics
 from generative import model as generative
-from generative.model import EvaluationConfig
-from lab import classifier, media, runs
+from generative.model import EvaluationConfig, SamplingConfig
+from lab import classifier, data, media, runs
 from lab.config import UserError
+from lab.data import DataConfig, ImageSet
 from lab.launch import guarded
 from lab.recorder import console, speak
 from rl import agent as rl
@@ -41,8 +51,9 @@ class Options:
     """Which runs to judge, and how."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run folder, checkpoint folder, or `latest`; several only of agents that play the same game."""
+    """Run folder, checkpoint folder, or `latest`; several of generators, or of agents that play the same game."""
     images: tyro.conf.OmitArgPrefixes[EvaluationConfig] = EvaluationConfig()
+    how: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig()
     agents: tyro.conf.OmitArgPrefixes[PlayConfig] = PlayConfig()
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object and nothing else."""
@@ -72,13 +83,32 @@ def judge(options: Options) -> dict[str, Any]:
     found = [runs.find(name, generative.FAMILIES | rl.FAMILIES | classifier.FAMILIES) for name in options.runs]
     if all(each.run.experiment in rl.FAMILIES for each in found):
         return judge_agents(options)
+    if all(each.run.experiment in generative.FAMILIES for each in found):
+        each = [judge_generator(name, options) for name in options.runs]
+        return each[0] if len(each) == 1 else {"runs": each}
     if len(found) > 1:
-        raise UserError("several runs can be judged together only if all are agents; name one run")
-    if found[0].run.experiment in classifier.FAMILIES:
-        return judge_classifier(options)
-    loaded = generative.load(options.runs[0], options.device)
-    scores = loaded.model.evaluate(loaded.experiment.dataset().to(options.device), options.images)
-    return written(loaded.run, {"experiment": loaded.experiment.experiment, "step": loaded.step, **scores})
+        raise UserError("several runs can be judged together only if all are agents or all are generators; name one run")
+    return judge_classifier(options)
+
+
+def judge_generator(name: str, options: Options) -> dict[str, Any]:
+    """What a generator's own family can tell of it, and what all families are told by."""
+    loaded = generative.load(name, options.device)
+    options.how.check(loaded.model)
+    scores = {"experiment": loaded.experiment.experiment, "step": loaded.step}
+    scores |= loaded.model.evaluate(loaded.experiment.dataset().to(options.device), options.images)
+    if loaded.model.latent:  # others make images of images
+        real = real_images(loaded.experiment.data, options.device)
+        features = metrics.find_features(real, options.images.features)
+        scores |= metrics.judge(loaded.model, real, options.images, features, options.how, loaded.run.media)
+        scores |= {"ladder": metrics.ladder(real, features, options.images.samples)} if features else {}
+    return written(loaded.run, scores)
+
+
+@functools.lru_cache(maxsize=1)
+def real_images(config: DataConfig, device: str) -> ImageSet:
+    """The set as it is, whatever a family makes of it before it learns."""
+    return data.load(config).to(device)
 
 
 def judge_classifier(options: Options) -> dict[str, Any]:
@@ -116,16 +146,76 @@ def written(run: runs.Run, scores: Mapping[str, Any], name: str = "evaluation.js
     return result
 
 
+# Printing
+
+SILENT = ("run", "experiment", "step", "protocol", "scores", "features", "samples", "sample_protocol", "ladder", "cas_real")
+
+
 def show(result: Mapping[str, Any]) -> None:
     """Print scores as a table, and under it how they were taken."""
+    if "runs" in result or "sample_protocol" in result:
+        return show_generators(result.get("runs", [result]))
     table = Table(title=f"{result['run']}, step {result['step']}", title_justify="left")
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in result.items():
-        if name not in ("run", "experiment", "step", "protocol", "scores") and value is not None:
-            table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+        if name not in SILENT and value is not None:
+            table.add_row(name.replace("_", " "), number(value))
     console.print(table)
-    console.print(result["protocol"], highlight=False, soft_wrap=True)
+    for protocol in protocols([result]):
+        console.print(protocol, highlight=False, soft_wrap=True)
+
+
+def show_generators(results: Sequence[Mapping[str, Any]]) -> None:
+    """Print a column for each run, the floor beside them and the ladder below; a row holds only what can be compared."""
+    columns = [titled(result) for result in results]
+    columns.append({title: value for result in results for title, value in titled(floor(result)).items()})
+    table = Table(title="samples against real images", title_justify="left")
+    table.add_column("score")
+    for heading in [*(f"{result['run']}, step {result['step']}" for result in results), "floor"]:
+        table.add_column(heading, justify="right", overflow="fold")
+    for title in dict.fromkeys(title for column in columns[:-1] for title in column):
+        table.add_row(title, *(number(column.get(title, "")) for column in columns))
+    console.print(table)
+    for name, ladder in {result["features"]: result["ladder"] for result in results if "ladder" in result}.items():
+        show_ladder(name, ladder)
+    for protocol in protocols(results):
+        console.print(protocol, highlight=False, soft_wrap=True)
+
+
+def show_ladder(name: str, ladder: Mapping[str, Mapping[str, float]]) -> None:
+    """Print what damaged training images score."""
+    scores = [score for score in ladder["floor"] if score.endswith("_test")]
+    table = Table(title=f"training images in place of samples, beside test images ({name})", title_justify="left")
+    table.add_column("damage")
+    for score in scores:
+        table.add_column(score.removesuffix("_test"), justify="right")
+    for damage, values in ladder.items():
+        table.add_row(damage, *(number(values[score]) for score in scores))
+    console.print(table)
+
+
+def titled(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into a table, by its title."""
+    titles = metrics.titles(scores)
+    return {titles[name]: value for name, value in scores.items() if name not in SILENT}
+
+
+def floor(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What real images score where the samples of a result stand."""
+    values = {"memorised": 0.01} if "memorised" in result else {}
+    values |= {"cas": result["cas_real"]} if "cas_real" in result else {}
+    return {**values, **result["ladder"]["floor"], "features": result["features"]} if "ladder" in result else values
+
+
+def number(value: Any) -> str:
+    """A value as a table shows it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def protocols(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How scores were taken, each way once."""
+    return list(dict.fromkeys(result[key] for result in results for key in ("protocol", "sample_protocol") if key in result))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,51 @@
-"""Draw pictures from a trained generative model.
+"""Draw pictures from a trained generative model of any family.
 
     python scripts/sample.py latest
-    python scripts/sample.py runs/vae_mnist/20261121-080000-abc123 --count 100 --seed 7 --out grid.png
-    python scripts/sample.py RUN --labels 0-9 --count 80                     (models that know classes)
-    python scripts/sample.py RUN --out dream.gif                             (a slow walk through the codes)
-    python scripts/sample.py RUN --kind interpolation | traversal | plane | reconstructions
+    python scripts/sample.py RUN --count 100 --seed 7 --out grid.png
+    python scripts/sample.py RUN --labels 0-4,7 --count 60                   models that know classes
+    python scripts/sample.py RUN --out dream.gif                             a slow walk from dream to dream
+    python scripts/sample.py RUN --kind interpolation [--image 3 17]         ways between samples, or between test images
+    python scripts/sample.py RUN --kind traversal | plane                    what single numbers of the code mean
+    python scripts/sample.py RUN --kind reconstructions                      models that encode
 
-The same seed draws the same picture, bit for bit. RUN is a run folder, a checkpoint folder or `latest`.
+Diffusion and flow matching, by any sampler, and some of it for other families:
+
+    python scripts/sample.py RUN --sampler dpmpp --steps 20 --guidance 2
+    python scripts/sample.py RUN --kind trajectory --out noise_to_picture.gif
+    python scripts/sample.py RUN --kind inpainting --image 3 17 --mask right
+    python scripts/sample.py RUN --kind variations --image 3 --strength 0.6
+
+The same seed draws the same picture, bit for bit. RUN is a run folder, a checkpoint folder or `latest`. A setting that the
+model does not know is refused, with the list of those that it knows.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from generative import model as families
-from generative.model import Generator, Loaded, spread_labels
+from generative.model import CodedGenerator, Generator, Loaded, SamplingConfig, spread_labels
 from lab import media, seeding
 from lab.config import UserError
+from lab.data import Split, as_float
 from lab.launch import guarded
+
+MOVING = ("samples", "interpolation", "trajectory")
+OF_IMAGES = ("interpolation", "inpainting", "variations")
+LONGEST_FILM = 60
+"""Frames of a trajectory's GIF; of a longer way some are left out, evenly."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +54,69 @@ class Options:
 
     run: Annotated[str, tyro.conf.Positional]
     """Run folder, checkpoint folder, or `latest`."""
-    kind: Literal["samples", "interpolation", "traversal", "plane", "reconstructions"] = "samples"
-    """Fresh samples; ways from one sample to another; one code dimension varied a row; a plane of codes; test images rebuilt."""
-    count: int = 64
-    """Images (samples, reconstructions), or rows (interpolation, traversal)."""
-    steps: int = 10
-    """Images a row (interpolation, traversal, plane), or frames per image of a GIF."""
+    kind: Literal[
+        "samples", "interpolation", "traversal", "plane", "reconstructions", "trajectory", "inpainting", "variations"
+    ] = "samples"  # fmt: skip
+    """Fresh samples; ways from one to another; one code dimension varied a row; a plane of codes; test images rebuilt;
+    from noise to picture; test images with a part filled in; test images half lost in noise and brought back."""
+    count: int | None = None
+    """Images (samples and reconstructions: 64 if not given), or rows (the others: 8)."""
+    columns: int = 10
+    """Images a row, or frames per image of a GIF."""
+    how: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig()
     labels: str = ""
-    """Classes to draw, for models that know classes: names, commas and ranges, as in 3 or 0-4,7. Default: all in turn."""
+    """Classes to draw, where the model knows classes: names, commas and ranges, as in 3 or 0-4,7. Default: all in turn, or the image's."""
+    image: tuple[int, ...] = ()
+    """Test images, counted from 0, to fill in or to vary; of an interpolation the two ends. Default: some of them all."""
+    mask: str = "right"
+    """What to fill in: left, right, top, bottom, centre, or a picture that is white there."""
+    strength: float = 0.5
+    """How far into noise variations go: near 0 nearly the image itself, 1 a new one."""
     seed: int = 0
     """Seed of the noise."""
     out: Path | None = None
-    """Where to write, .png or .gif (samples and interpolation move in a GIF); default: media/<kind>.png of the run."""
+    """Where to write, .png or .gif (samples, interpolation and trajectory move in a GIF); default: media/<kind>.png of the run."""
     scale: int = 2
     """Pixels drawn for each pixel."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
 
+    @property
+    def rows(self) -> int:
+        """Images, or rows of images."""
+        return self.count or (64 if self.kind in ("samples", "reconstructions") else 8)
+
+
+@runtime_checkable
+class Trajectory(Protocol):
+    """A model that can show its way from noise to picture."""
+
+    def trajectory(self, noise: Tensor, labels: Tensor, how: SamplingConfig, generator: torch.Generator) -> list[Tensor]:
+        """Images (N, C, H, W) in [0, 1] of every step, noise first."""
+
+
+@runtime_checkable
+class Editor(Protocol):
+    """A model that can change images."""
+
+    def inpaint(
+        self, images: Tensor, mask: Tensor, noise: Tensor, labels: Tensor, how: SamplingConfig, generator: torch.Generator
+    ) -> Tensor:
+        """Images (N, C, H, W) in [0, 1], as they were where the mask (1, 1, H, W) is 1 and filled in where it is 0."""
+
+    def vary(
+        self, images: Tensor, strength: float, noise: Tensor, labels: Tensor, how: SamplingConfig, generator: torch.Generator
+    ) -> Tensor:
+        """Images brought back from `strength` of the way into noise."""
+
 
 def main() -> int:
     """Draw what the command line asks for."""
     options = tyro.cli(Options, description=__doc__)
+    check(options)
     loaded = families.load(options.run, options.device)
+    check_model(options, loaded.model)
     out = options.out or loaded.run.media / f"{options.kind}.png"
-    check(options, out, loaded.model)
     with torch.no_grad():
         frames = draw(options, loaded, moving=out.suffix == ".gif")
     if out.suffix == ".gif":
@@ -69,48 +128,172 @@ def main() -> int:
     return 0
 
 
-def check(options: Options, out: Path, model: Generator) -> None:
-    """Refuse what cannot be drawn.
+def check(options: Options) -> None:
+    """Refuse what no model can draw.
 
     Raises:
         UserError: says what can be.
     """
-    if out.suffix not in (".png", ".gif"):
-        raise UserError(f"--out {out}: pictures are written as .png or .gif")
-    if min(options.count, options.steps, options.scale) < 1:
-        raise UserError("--count, --steps and --scale must be at least 1")
-    if out.suffix == ".gif" and options.kind not in ("samples", "interpolation"):
+    if options.out and options.out.suffix not in (".png", ".gif"):
+        raise UserError(f"--out {options.out}: pictures are written as .png or .gif")
+    if min(1 if options.count is None else options.count, options.columns, options.scale) < 1:
+        raise UserError("--count, --columns and --scale must be at least 1")
+    if options.out and options.out.suffix == ".gif" and options.kind not in MOVING:
         raise UserError(f"--kind {options.kind} does not move; write it as .png")
-    if options.kind == "plane" and model.latent < 2:
-        raise UserError("--kind plane needs a model with at least 2 code dimensions")
-    if options.labels and not model.conditional:
-        raise UserError("this model knows no classes: leave out --labels, or train one with --model.conditional true")
+    if options.image and options.kind not in OF_IMAGES:
+        raise UserError(f"--image: --kind {options.kind} starts from no image; {', '.join(OF_IMAGES)} do")
+    if options.image and options.kind == "interpolation" and len(options.image) % 2:
+        raise UserError("--image: an interpolation needs two images for each row, as in --image 3 17")
+    if not 0 < options.strength <= 1:
+        raise UserError(f"--strength {options.strength}: a part of the way into noise, above 0 and up to 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; use cpu")
 
 
+def check_model(options: Options, model: Generator) -> None:
+    """Refuse what this model cannot draw.
+
+    Raises:
+        UserError: says what can be.
+    """
+    if model.latent == 0:
+        raise UserError("this model makes images of smaller ones, not of noise: use scripts/enlarge.py")
+    if options.labels and not model.conditional:
+        raise UserError("this model knows no classes: leave out --labels, or train one with --model.conditional true")
+    if options.kind in ("traversal", "plane") and model.latent >= math.prod(model.shape):
+        raise UserError(f"--kind {options.kind}: the code is as large as the image, so that one number means little; see interpolation")
+    if options.kind == "plane" and model.latent < 2:
+        raise UserError("--kind plane needs a model with at least 2 code dimensions")
+    options.how.check(model)
+    if (options.image and options.kind == "interpolation") or options.kind == "reconstructions":
+        if not isinstance(model, CodedGenerator):
+            raise UserError("this model has no way back from images to codes; diffusion models, flows and autoencoders have one")
+        if options.how != SamplingConfig():
+            raise UserError("there and back goes by the model's own settings: leave out --sampler, --steps and the like")
+    if options.kind == "trajectory" and not isinstance(model, Trajectory):
+        raise UserError("--kind trajectory: this model has no way from noise to picture to show; diffusion models have one")
+    if options.kind in ("inpainting", "variations") and not isinstance(model, Editor):
+        raise UserError(f"--kind {options.kind}: this model cannot start from an image; diffusion models can")
+
+
+# What is drawn. Most pictures are columns of images: a PNG lays them side by side, a GIF shows them one after another.
+
+
 def draw(options: Options, loaded: Loaded, moving: bool) -> list[Tensor]:
     """The frames (C, H, W) of the picture; one, unless it moves."""
-    model, noise = loaded.model, noise_for(options, loaded.model)
-    if options.kind == "reconstructions":
-        return [families.reconstructions(model, loaded.experiment.dataset().to(options.device), options.count)]
-    if options.kind == "samples" and not moving:
-        return [media.grid(decode(model, noise, labels_for(options, model, len(noise))))]
+    model = loaded.model
+    if isinstance(model, CodedGenerator) and options.kind == "reconstructions":
+        return [families.reconstructions(model, loaded.experiment.dataset().to(options.device), options.rows)]
+    if isinstance(model, Editor) and options.kind in ("inpainting", "variations"):
+        return [side_by_side(edited(options, model, *test_images(options, loaded)))]
+    if isinstance(model, Trajectory) and options.kind == "trajectory":
+        return trajectory(options, model, moving)
     if options.kind == "samples":
-        return walk(options, model, noise)
+        return walk(options, model) if moving else [media.grid(make(options, model, noise_for(options, model, options.rows)))]
     if options.kind == "interpolation":
-        rows = between(noise[: options.count], noise[options.count :], torch.linspace(0, 1, options.steps, device=options.device))
-        return animate(options, model, rows) if moving else [lay_rows(options, model, rows)]
-    if options.kind == "traversal":
-        return [lay_rows(options, model, traversal(model, options))]
-    return [lay_rows(options, model, plane(model, options.steps, options.device))]
+        columns = between_images(options, loaded) if options.image else between_samples(options, model)
+        frames = [media.grid(images) for images in columns]
+        return frames + frames[-2:0:-1] if moving else [side_by_side(columns)]
+    codes = traversal(options, model) if options.kind == "traversal" else plane(options, model)
+    return [side_by_side([make(options, model, column) for column in codes.unbind(1)])]
 
 
-def noise_for(options: Options, model: Generator) -> Tensor:
-    """Standard normal noise for every image, and a second helping for the far ends of interpolations and walks."""
-    generator = seeding.generator(options.seed, "sample", 0)
-    noise = torch.randn(2 * options.count, model.latent, generator=generator).to(options.device)
-    return noise if options.kind == "interpolation" else noise[: options.count]
+def side_by_side(columns: Sequence[Tensor]) -> Tensor:
+    """One picture of columns of images (rows, C, H, W)."""
+    return media.grid(torch.stack(list(columns), 1).flatten(0, 1), columns=len(columns))
+
+
+def make(options: Options, model: Generator, noise: Tensor) -> Tensor:
+    """Images of noise (N, latent), image n always with the same label and, for a model whose way is random, the same way."""
+    return model.generate_all(noise, labels_for(options, model, len(noise)), options.how, way(options))
+
+
+def walk(options: Options, model: Generator) -> list[Tensor]:
+    """Frames of each image's noise going round a great circle through itself and another one's."""
+    noise = noise_for(options, model, options.rows)
+    other = torch.randn(noise.shape, generator=seeding.generator(options.seed, "walk", 0)).to(noise.device)
+    angles = [2 * math.pi * index / (6 * options.columns) for index in range(6 * options.columns)]
+    return [media.grid(make(options, model, math.cos(angle) * noise + math.sin(angle) * other)) for angle in angles]
+
+
+def between_samples(options: Options, model: Generator) -> list[Tensor]:
+    """Columns from one sample of each row to another."""
+    starts, ends = noise_for(options, model, 2 * options.rows).chunk(2)
+    return [make(options, model, spherical(starts, ends, place)) for place in places(options)]
+
+
+def between_images(options: Options, loaded: Loaded) -> list[Tensor]:
+    """Columns from one test image of each row to another, by way of their codes, with the label of the nearer end or the given ones."""
+    model = loaded.model
+    assert isinstance(model, CodedGenerator)
+    images, labels = test_images(options, loaded)
+    starts, ends = model.encode(images, labels).chunk(2)
+    between = spherical if model.exact else torch.lerp  # only where codes are normal numbers is the middle of a straight line empty
+    given = labels_for(options, model, len(starts)) if options.labels else None
+    near, far = labels.chunk(2)
+    told = [given if given is not None else near if place <= 0.5 else far for place in places(options)]
+    return [model.decode(between(starts, ends, place), label) for place, label in zip(places(options), told)]
+
+
+def trajectory(options: Options, model: Trajectory, moving: bool) -> list[Tensor]:
+    """The way of each row's image from noise; as a film it holds its end for a second."""
+    assert isinstance(model, Generator)
+    noise = noise_for(options, model, options.rows)
+    moments = model.trajectory(noise, labels_for(options, model, len(noise)), options.how, way(options))
+    shown = thinned(moments, LONGEST_FILM if moving else options.columns)
+    frames = [media.grid(images) for images in shown]
+    return frames + 12 * frames[-1:] if moving else [side_by_side(shown)]
+
+
+def thinned(moments: Sequence[Tensor], most: int) -> list[Tensor]:
+    """The moments, or `most` of them, evenly spaced and always with the last."""
+    count, last = min(len(moments), most), len(moments) - 1
+    return [moments[last - round(index * last / max(1, count - 1))] for index in reversed(range(count))]
+
+
+def edited(options: Options, model: Editor, images: Tensor, labels: Tensor) -> list[Tensor]:
+    """Columns: the images, what is left of them (inpainting), and what the model makes of that, each time of other noise."""
+    assert isinstance(model, Generator)
+    labels = labels_for(options, model, len(images)) if options.labels else labels
+    rest = [(noise_for(options, model, len(images), index), labels, options.how, way(options, index)) for index in range(options.columns)]
+    if options.kind == "variations":
+        return [images, *(model.vary(images, options.strength, *each) for each in rest)]
+    mask = kept(options.mask, *model.shape[1:]).to(images.device)
+    return [images, images * mask + 0.5 * (1 - mask), *(model.inpaint(images, mask, *each) for each in rest)]
+
+
+# What it is made of
+
+
+def noise_for(options: Options, model: Generator, rows: int, index: int = 0) -> Tensor:
+    """Standard normal noise (rows, latent), for each index another."""
+    return torch.randn(rows, model.latent, generator=seeding.generator(options.seed, "sample", index)).to(options.device)
+
+
+def way(options: Options, index: int = 0) -> torch.Generator:
+    """What else is drawn on the way: the same for columns between which only the noise is to change."""
+    return seeding.generator(options.seed, "way", index)
+
+
+def places(options: Options) -> list[float]:
+    """The place of each column between the two ends, from 0 to 1."""
+    return [index / max(1, options.columns - 1) for index in range(options.columns)]
+
+
+def test_images(options: Options, loaded: Loaded) -> tuple[Tensor, Tensor]:
+    """The chosen test images in [0, 1] and their labels; for an interpolation the first ends, then the second ends.
+
+    Raises:
+        UserError: there is no such image.
+    """
+    split: Split = loaded.experiment.dataset().test
+    if wrong := [index for index in options.image if not 0 <= index < len(split)]:
+        raise UserError(f"--image {wrong[0]}: the test images are 0 to {len(split) - 1}")
+    if options.image:
+        order = options.image[::2] + options.image[1::2] if options.kind == "interpolation" else options.image
+        split = Split(split.images[list(order)], split.labels[list(order)])
+    chosen = split.spread(len(split) if options.image else options.rows).to(options.device)
+    return as_float(chosen.images), chosen.labels
 
 
 def labels_for(options: Options, model: Generator, count: int) -> Tensor:
@@ -135,64 +318,63 @@ def read_range(text: str, classes: tuple[str, ...]) -> list[int]:
     return list(range(start, stop + 1)) or list(range(start, stop - 1, -1))
 
 
-def decode(model: Generator, noise: Tensor, labels: Tensor) -> Tensor:
-    """Images of standard normal noise, a few hundred at a time."""
-    parts = zip(noise.split(500), labels.split(500))
-    return torch.cat([model.decode(model.codes(part), label) for part, label in parts])
+def kept(mask: str, height: int, width: int) -> Tensor:
+    """1 where an image is to stay and 0 where it is to be filled in, (1, 1, H, W).
+
+    Raises:
+        UserError: no such side, and no such picture.
+    """
+    down, across = slice(height // 4, height - height // 4), slice(width // 4, width - width // 4)
+    whole, (top, bottom), (left, right) = slice(None), halves(height), halves(width)
+    holes = {"left": (whole, left), "right": (whole, right), "top": (top, whole), "bottom": (bottom, whole), "centre": (down, across)}
+    stays = torch.ones(1, 1, height, width)
+    if mask in holes:
+        stays[0, 0][holes[mask]] = 0
+        return stays
+    try:
+        with Image.open(mask) as picture:
+            white = picture.convert("L").resize((width, height), Image.Resampling.BOX)
+    except OSError as error:
+        sides = ", ".join(holes)
+        raise UserError(f"--mask {mask}: neither one of {sides} nor a picture that is white where to fill in ({error})") from None
+    return torch.from_numpy(np.array(white) < 128).float()[None, None]
 
 
-def between(starts: Tensor, ends: Tensor, places: Tensor) -> Tensor:
-    """Spherical interpolation (N, len(places), latent): straight lines would cut through the empty middle of the prior."""
-    cosine = torch.nn.functional.cosine_similarity(starts, ends, dim=1).clamp(-0.9999, 0.9999)
-    angle, t = torch.acos(cosine)[:, None, None], places[None, :, None]
-    return (torch.sin((1 - t) * angle) * starts[:, None] + torch.sin(t * angle) * ends[:, None]) / torch.sin(angle)
+def halves(size: int) -> tuple[slice, slice]:
+    """The first and the second half of `size` rows or columns."""
+    return slice(size // 2), slice(size // 2, None)
 
 
-def sensitive(model: Generator, device: str) -> list[int]:
+def spherical(starts: Tensor, ends: Tensor, place: float) -> Tensor:
+    """A place between two points (N, latent) on an arc: straight lines would cut through the empty middle of the prior."""
+    angle = torch.acos(F.cosine_similarity(starts, ends, dim=1).clamp(-0.9999, 0.9999))[:, None]
+    return (torch.sin((1 - place) * angle) * starts + torch.sin(place * angle) * ends) / torch.sin(angle)
+
+
+def sensitive(options: Options, model: Generator) -> list[int]:
     """Code dimensions, the one that changes the picture most first."""
-    steps = 2 * torch.eye(model.latent, device=device)
-    labels = torch.zeros(model.latent, dtype=torch.long, device=device)
-    change = (decode(model, steps, labels) - decode(model, -steps, labels)).abs().flatten(1).sum(1)
-    return [int(index) for index in change.argsort(descending=True)]
+    steps = 2 * torch.eye(model.latent, device=options.device)
+    labels = torch.zeros(model.latent, dtype=torch.long, device=options.device)
+    high, low = (model.generate_all(side * steps, labels, options.how, way(options)) for side in (1, -1))
+    return [int(index) for index in (high - low).abs().flatten(1).sum(1).argsort(descending=True)]
 
 
-def traversal(model: Generator, options: Options) -> Tensor:
-    """Noise (rows, steps, latent): each row moves one dimension from -3 to 3, the others rest at 0."""
-    dimensions = sensitive(model, options.device)[: options.count]
-    rows = torch.zeros(len(dimensions), options.steps, model.latent, device=options.device)
+def traversal(options: Options, model: Generator) -> Tensor:
+    """Noise (rows, columns, latent): each row moves one dimension from -3 to 3, the others rest at 0."""
+    dimensions = sensitive(options, model)[: options.rows]
+    rows = torch.zeros(len(dimensions), options.columns, model.latent, device=options.device)
     for row, dimension in enumerate(dimensions):
-        rows[row, :, dimension] = torch.linspace(-3, 3, options.steps)
+        rows[row, :, dimension] = torch.linspace(-3, 3, options.columns)
     return rows
 
 
-def plane(model: Generator, steps: int, device: str) -> Tensor:
-    """Noise (steps, steps, latent) at evenly spaced quantiles of the two most telling dimensions (Kingma & Welling 2014, figure 4)."""
-    across, down = sensitive(model, device)[:2]
-    quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, steps, dtype=torch.float64)).float()
-    rows = torch.zeros(steps, steps, model.latent, device=device)
+def plane(options: Options, model: Generator) -> Tensor:
+    """Noise (columns, columns, latent) at even quantiles of the two most telling dimensions (Kingma & Welling 2014, figure 4)."""
+    across, down = sensitive(options, model)[:2]
+    quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, options.columns, dtype=torch.float64)).float()
+    rows = torch.zeros(options.columns, options.columns, model.latent, device=options.device)
     rows[:, :, across], rows[:, :, down] = quantiles[None, :], quantiles[:, None]
     return rows
-
-
-def lay_rows(options: Options, model: Generator, rows: Tensor) -> Tensor:
-    """One picture of noise (rows, steps, latent); a row keeps its label."""
-    labels = labels_for(options, model, len(rows)).repeat_interleave(rows.shape[1])
-    return media.grid(decode(model, rows.flatten(0, 1), labels), columns=rows.shape[1])
-
-
-def animate(options: Options, model: Generator, rows: Tensor) -> list[Tensor]:
-    """Frames of noise (images, frames, latent), there and back."""
-    labels = labels_for(options, model, len(rows))
-    frames = [media.grid(decode(model, rows[:, index], labels)) for index in range(rows.shape[1])]
-    return frames + frames[-2:0:-1]
-
-
-def walk(options: Options, model: Generator, noise: Tensor) -> list[Tensor]:
-    """Frames of each image's code going round a great circle through its own noise and another one's."""
-    other = torch.randn(noise.shape, generator=seeding.generator(options.seed, "walk", 0)).to(noise.device)
-    angles = torch.arange(6 * options.steps, device=noise.device) * (2 * math.pi / (6 * options.steps))
-    labels = labels_for(options, model, len(noise))
-    return [media.grid(decode(model, torch.cos(angle) * noise + torch.sin(angle) * other, labels)) for angle in angles]
 
 
 if __name__ == "__main__":

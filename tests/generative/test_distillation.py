@@ -142,6 +142,18 @@ def test_lessons_bring_the_student_nearer_to_its_teacher() -> None:
     assert distance() < 0.2 * before
 
 
+def test_lessons_go_on_exactly_without_the_teachers_folder(tmp_path: Path) -> None:
+    call("train_diffusion.py", *TINY, *NET, "--trainer.steps", "5", "--run-dir", str(tmp_path / "teacher"))
+    lesson = ["--teacher", str(tmp_path / "teacher"), "--model.steps", "2", "--optimizer.schedule", "constant"]
+    call("train_distillation.py", *TINY, *lesson, "--trainer.steps", "20", "--run-dir", str(tmp_path / "whole"))
+    call("train_distillation.py", *TINY, *lesson, "--trainer.steps", "10", "--run-dir", str(tmp_path / "parts"))
+    shutil.rmtree(tmp_path / "teacher")
+    call("train_distillation.py", "--resume", str(tmp_path / "parts"), "--trainer.steps", "20")
+    for part in ("model", "ema", "optimizer", "teacher"):
+        whole, parts = (tmp_path / name / f"checkpoints/step_000000020/{part}.safetensors" for name in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes(), part
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [([], "teacher: name the run of a diffusion model"), (["--teacher", "{vae}"], "no run of scripts/train_diffusion.py")],

@@ -15,6 +15,8 @@ import numpy
 import pytest
 from PIL import Image
 
+from lab.config import read_yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
     --data.name digits --data.batch-size 32 --model.network.hidden 32 --model.latent 4 --trainer.steps 60 --trainer.preview-every 30
@@ -94,13 +96,38 @@ def test_all_mistakes_are_told_at_once_with_their_places() -> None:
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("preset", sorted((ROOT / "configs/generative").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_preset_trains(preset: Path) -> None:
-    script = "train_autoencoder.py" if preset.stem.startswith(("autoencoder", "denoising")) else "train_vae.py"
-    small = ["--data.name", "digits", "--trainer.steps", "3", "--tracking.mode", "disabled"]
-    call(script, preset, *small, "--run-dir", preset.stem)
-    assert json.loads(Path(preset.stem, "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
-    assert preset.stem == re.search(r"^name: (\S+)$", Path(preset.stem, "config.yaml").read_text(), re.M)[1]
+PRESETS = sorted((ROOT / "configs/generative").glob("*.yaml"))
+NEEDS = {
+    "tokens": ["--vqvae", "codes"],
+    "distillation": ["--teacher", "noise"],
+    "diffusion": ["--model.steps", "2"],
+    "latent_mnist": ["--latents", "codes"],
+}
+"""What experiments and presets are given besides, to be whole or to be quick."""
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_is_understood_and_called_like_its_file(preset: Path) -> None:
+    printed = call(f"train_{read_yaml(preset)[1]}.py", preset, "--print-config")
+    assert preset.stem == re.search(r"^name: (\S+)", printed, re.M)[1]
+
+
+@pytest.fixture(scope="module")
+def teachers(runs_folder: Path) -> None:
+    """Runs that some families learn from."""
+    with contextlib.chdir(runs_folder):
+        small = ["--data.name", "digits", "--data.batch-size", "8", "--trainer.steps", "1", "--tracking.mode", "disabled"]
+        call("train_vqvae.py", *small, "--run-dir", "codes")
+        call("train_diffusion.py", *small, "--model.network.widths", "8", "--model.steps", "2", "--run-dir", "noise")
+
+
+@pytest.mark.usefixtures("teachers")
+@pytest.mark.parametrize("preset", [path for path in PRESETS if path.stem.endswith("_mnist")], ids=lambda path: path.stem)
+def test_every_preset_for_a_cpu_trains(preset: Path) -> None:
+    experiment = read_yaml(preset)[1]
+    words = ["--data.name", "digits", "--data.batch-size", "16", "--trainer.steps", "2", "--tracking.mode", "disabled"]
+    call(f"train_{experiment}.py", preset, *words, *NEEDS.get(experiment, []), *NEEDS.get(preset.stem, []), "--run-dir", preset.stem)
+    assert json.loads(Path(preset.stem, "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
 
 
 BAD_INPUT = [
@@ -117,7 +144,7 @@ BAD_INPUT = [
     ("train_vae.py", [*TINY, "--run-dir", "vae"], "vae already holds a run; go on with it by --resume vae"),
     ("train_vae.py", ["--data.name", "folder", "--data.root", "nowhere"], "nowhere"),
     ("train_vae.py", ["--data.name", "mnist", "--data.root", "vae"], "vae"),
-    ("sample.py", ["nowhere"], "nowhere: no autoencoder or vae run here"),
+    ("sample.py", ["nowhere"], "nowhere: no autoencoder or "),
     ("sample.py", ["latest"], "there is none below runs/ yet"),
     ("sample.py", ["vae", "--out", "picture.bmp"], "pictures are written as .png or .gif"),
     ("sample.py", ["vae", "--labels", "11"], "the classes are 0, 1, 2"),
@@ -143,7 +170,7 @@ def test_bad_input_gets_one_clear_sentence(script: str, words: list[str], expect
 @pytest.mark.parametrize("kind", ["samples", "interpolation", "traversal", "plane", "reconstructions"])
 def test_every_kind_of_picture_is_drawn_and_drawn_again_bit_for_bit(run: str, kind: str) -> None:
     for name in ("first.png", "second.png"):
-        call("sample.py", run, "--kind", kind, "--count", "8", "--steps", "5", "--out", name)
+        call("sample.py", run, "--kind", kind, "--count", "8", "--columns", "5", "--out", name)
     assert Path("first.png").read_bytes() == Path("second.png").read_bytes()
     assert pixels("first.png").std() > 5
 
@@ -163,7 +190,7 @@ def test_labels_choose_what_is_drawn() -> None:
 
 @pytest.mark.parametrize("kind", ["samples", "interpolation"])
 def test_a_gif_moves(kind: str) -> None:
-    call("sample.py", "vae", "--kind", kind, "--count", "4", "--steps", "4", "--out", "dream.gif")
+    call("sample.py", "vae", "--kind", kind, "--count", "4", "--columns", "4", "--out", "dream.gif")
     with Image.open("dream.gif") as picture:
         frames = []
         for index in range(picture.n_frames):
@@ -219,7 +246,7 @@ def test_sync_writes_one_offline_run_with_every_row() -> None:
 
 
 def commands_of_the_readme() -> list[list[str]]:
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
     lines = [line.partition("#")[0].split() for block in blocks for line in block.splitlines()]
     return [words[1:] for words in lines if words[:1] == ["python"]]
 
@@ -232,9 +259,15 @@ def test_the_readmes_training_commands_are_understood(words: list[str]) -> None:
     assert "experiment:" in call(Path(script).name, *options, "--print-config")
 
 
-@pytest.mark.parametrize("words", [words for words in commands_of_the_readme() if "sample.py" in words[0]], ids=" ".join)
+PLACEHOLDERS = {"RUN": "vae", "latest": "vae", "DIFFUSION": "noise"}
+"""Which run a command of the README is tried on; those with another name in its place are not."""
+SAMPLING = [words for words in commands_of_the_readme() if "sample.py" in words[0] and words[1] in PLACEHOLDERS]
+
+
+@pytest.mark.usefixtures("teachers")
+@pytest.mark.parametrize("words", SAMPLING, ids=" ".join)
 def test_the_readmes_sampling_commands_draw(words: list[str]) -> None:
-    script, *options = ["vae" if word in ("RUN", "latest") else word for word in words]
+    script, *options = [PLACEHOLDERS.get(word, word) for word in words]
     assert "picture: " in call(Path(script).name, *options)
 
 
