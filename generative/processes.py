@@ -187,11 +187,14 @@ class DDPMConfig(Settings, Process):
         return Scales(0 * one, one, one) if self.prediction == "x0" else Scales(alpha, -sigma, one)
 
     def weight(self, moment: Moment) -> Tensor:
-        """min(SNR, cap) on the error of x0, as a weight of the error of F."""
+        """min(SNR, cap) on the error of x0, as a weight of the error of F.
+
+        With zero_snr it is at least 1 (Salimans & Ho 2022, section 4), or the first step of a sampler would hardly be trained.
+        """
         if not self.min_snr:
             return torch.ones_like(moment.alpha)
         snr = (moment.alpha / moment.sigma) ** 2
-        capped = snr.clamp(max=self.min_snr)
+        capped = snr.clamp(min=float(self.zero_snr), max=self.min_snr)
         return {"epsilon": capped / snr, "x0": capped, "v": capped / (snr + 1)}[self.prediction]
 
     def points(self, steps: int) -> list[Point]:

@@ -444,3 +444,17 @@ def test_much_is_learnt_from_real_images_and_nothing_from_wrong_labels(digits: I
     assert wrong < 0.05
     assert metrics.learnt_from(train, digits.test, 10, steps=120, batch=32) == real
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_cas_is_learnt_from_samples_and_beside_it_from_equally_many_real_images(digits: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = []
+    monkeypatch.setattr(metrics, "learnt_from", lambda samples, test, classes: taught.append((samples, test, classes)) or len(taught) / 10)
+    asked = EvaluationConfig(samples=60, cas=True)
+    scores = metrics.judge(Playback(digits.test, digits.classes), digits, asked)
+    assert (scores["cas"], scores["cas_real"]) == (0.1, 0.2)
+    assert [(len(samples), test is digits.test, classes) for samples, test, classes in taught] == [(60, True, 10)] * 2
+    assert torch.equal(taught[1][0].images, digits.train.spread(60).images)
+    untold = metrics.judge(Playback(digits.test, digits.classes, knows_classes=False), digits, asked)
+    assert "cas" not in untold
+    assert "no cas: this model knows no classes" in untold["sample_protocol"]
+    assert len(taught) == 2

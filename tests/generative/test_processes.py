@@ -255,5 +255,10 @@ def test_weights_of_edm_are_those_of_the_paper_and_of_flow_matching_none() -> No
     assert bool((FlowMatchingConfig().weight(drawn(FlowMatchingConfig())) == 1).all())
 
 
-def test_the_weight_is_finite_in_pure_noise() -> None:
-    assert bool(DDPMConfig().weight(drawn(DDPMConfig())).isfinite().all())
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_pure_noise_is_weighed_too(prediction: str) -> None:
+    process = DDPMConfig(prediction=prediction)
+    moment = drawn(process)
+    weight, snr = process.weight(moment), (moment.alpha / moment.sigma) ** 2
+    assert float(snr.min()) == 0
+    torch.testing.assert_close(weight / process.scales(moment).out ** 2, snr.clamp(1, 5), rtol=1e-3, atol=0)
