@@ -403,12 +403,6 @@ def held_out_distance(data: ImageSet) -> float:
     return number
 
 
-def pairs(samples: Tensor, neighbours: Tensor, columns: int = 8) -> Tensor:
-    """One picture of images (N, C, H, W), each above its neighbour."""
-    rows = zip(as_float(samples).split(columns), as_float(neighbours).split(columns))
-    return media.grid(torch.cat([row for pair in rows for row in pair]), columns=columns)
-
-
 # All together
 
 
@@ -453,7 +447,7 @@ def judge(
     scores["memorised"] = float((distances <= held_out_distance(data)).double().mean())
     if pictures:
         shown = distances.topk(min(32, len(drawn)), largest=False).indices
-        media.save_png(pictures / "neighbours.png", pairs(drawn.images[shown], data.train.images[place[shown]]))
+        media.save_png(pictures / "neighbours.png", media.above(as_float(drawn.images[shown]), as_float(data.train.images[place[shown]])))
     if config.cas and model.conditional:
         scores["cas"] = learnt_from(drawn, data.test, len(data.classes))
         scores["cas_real"] = learnt_from_real(data, config.samples)

@@ -197,9 +197,7 @@ def reconstructions(model: CodedGenerator, images: ImageSet, count: int = 32) ->
     """One picture of test images, each above what the model makes of it."""
     chosen = images.test.spread(count)
     part = as_float(chosen.images)
-    rebuilt = model.reconstruct(part, chosen.labels)
-    rows = zip(part.split(8), rebuilt.split(8))
-    return media.grid(torch.cat([row for pair in rows for row in pair]), columns=8)
+    return media.above(part, model.reconstruct(part, chosen.labels))
 
 
 # Judging

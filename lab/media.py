@@ -50,6 +50,14 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
     return picture
 
 
+def above(upper: Tensor, lower: Tensor, columns: int = 8) -> Tensor:
+    """One picture of images (N, C, H, W), each above its partner in `lower`."""
+    columns = min(columns, len(upper))
+    empty = torch.full((-len(upper) % columns, *upper.shape[1:]), 0.2)
+    rows = zip(*(torch.cat([images.detach().cpu().float(), empty]).split(columns) for images in (upper, lower)))
+    return grid(torch.cat([row for pair in rows for row in pair]), columns)
+
+
 def picture(image: Tensor, scale: int = 1) -> Image.Image:
     """A Pillow image of (C, H, W) in [0, 1] with 1 or 3 channels, every pixel drawn as `scale` x `scale`."""
     pixels = to_uint8(image).movedim(0, -1).cpu().numpy()

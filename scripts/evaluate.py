@@ -85,7 +85,7 @@ def judge(options: Options) -> dict[str, Any]:
         return judge_agents(options)
     if all(each.run.experiment in generative.FAMILIES for each in found):
         each = [judge_generator(name, options) for name in options.runs]
-        return each[0] if len(each) == 1 else {"runs": each}
+        return each[0] if len(each) == 1 else {"generators": each}
     if len(found) > 1:
         raise UserError("several runs can be judged together only if all are agents or all are generators; name one run")
     return judge_classifier(options)
@@ -153,8 +153,8 @@ SILENT = ("run", "experiment", "step", "protocol", "scores", "features", "sample
 
 def show(result: Mapping[str, Any]) -> None:
     """Print scores as a table, and under it how they were taken."""
-    if "runs" in result or "sample_protocol" in result:
-        return show_generators(result.get("runs", [result]))
+    if "generators" in result or "sample_protocol" in result:
+        return show_generators(result.get("generators", [result]))
     table = Table(title=f"{result['run']}, step {result['step']}", title_justify="left")
     table.add_column("score")
     table.add_column("value", justify="right")

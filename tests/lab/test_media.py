@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lab.config import UserError
-from lab.media import Film, grid, picture, plot_rows, save_gif, save_png, to_uint8
+from lab.media import Film, above, grid, picture, plot_rows, save_gif, save_png, to_uint8
 
 ROOT = Path(__file__).parents[2]
 
@@ -382,3 +382,16 @@ def test_a_long_film_takes_no_more_memory_than_a_short_one(tmp_path, ffmpeg_memo
     short, long = theirs[: len(theirs) // 2], theirs[len(theirs) // 2 :]
     assert all(after < before + 25_000 for before, after in zip(short, long, strict=True)), theirs
     assert ours[1] < ours[0] + 1000
+
+
+def test_every_image_stands_above_its_partner_whatever_their_number():
+    upper, lower = torch.rand(11, 1, 4, 5), torch.rand(11, 1, 4, 5)
+    drawn = above(upper, lower, columns=4)
+    assert drawn.shape == (1, 6 * 6 + 2, 4 * 7 + 2)
+    for index in range(11):
+        row, column = divmod(index, 4)
+        left = column * 7 + 2
+        for image, top in ((upper[index], 12 * row + 2), (lower[index], 12 * row + 8)):
+            assert drawn[:, top : top + 4, left : left + 5].equal(image)
+    assert (drawn[:, 26:, 23:] == 0.2).all()
+    assert above(upper[:3], lower[:3]).shape == (1, 2 * 6 + 2, 3 * 7 + 2)

@@ -70,7 +70,7 @@ def test_several_generators_stand_side_by_side_with_the_floor_and_the_ladder() -
     assert rows["memorised"][2] == "0.01"
     assert rows["blur 2"][0] == f"{each['vae']['ladder']['blur 2']['frechet_test']:.4g}"
     assert printed.count("samples in 8 bits") == 1
-    assert list(judged("vae", "ae")) == ["runs"]
+    assert list(judged("vae", "ae")) == ["generators"]
 
 
 def test_a_classifier_of_ones_own_can_be_the_judge_and_its_numbers_get_rows_of_their_own() -> None:

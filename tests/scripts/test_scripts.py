@@ -218,13 +218,14 @@ def test_an_older_checkpoint_can_be_named_and_a_damaged_newest_one_is_passed_ove
 # Judging and sending
 
 
-def test_evaluate_prints_json_and_keeps_it_in_the_run() -> None:
-    printed = json.loads(call("evaluate.py", "vae", "--images", "50", "--importance-samples", "10", "--json"))
+def test_evaluate_prints_json_and_keeps_it_in_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DREAMPLAY_CACHE", str(tmp_path))
+    printed = json.loads(call("evaluate.py", "vae", "--images", "50", "--importance-samples", "10", "--samples", "60", "--json"))
     assert printed == json.loads(Path("vae/evaluation.json").read_text())
     assert printed["protocol"] == "digits test, 50 images, dynamic binarisation, K=10, seed 0"
     assert printed["nll"] <= printed["bound"]
     assert "squared" not in printed
-    assert "error" in json.loads(call("evaluate.py", "ae", "--json"))
+    assert "error" in json.loads(call("evaluate.py", "ae", "--samples", "60", "--json"))
 
 
 def sync(run: str) -> str:
