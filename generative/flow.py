@@ -56,7 +56,7 @@ class FlowConfig(Settings):
     """Channels, or units (NICE), of the network in each coupling."""
     pixels: Literal["curve", "logit"] = "curve"
     """What takes pixels from [0, 1) to the whole line: the curve that makes the set's grey values normal, or the logit."""
-    alpha: Positive = 0.05
+    alpha: Positive = 0.2
     """curve: part of an even histogram mixed into the set's; logit: it is taken of alpha + (1 - 2 alpha) x."""
     conditional: bool = False
     """A prior for each class: the likelihood is then that of an image given its class, and samples can be asked for by class."""
@@ -78,7 +78,7 @@ class FlowExperiment(GeneratorExperiment):
     name: str = "flow"
     """What to call it: the folder below runs/, and the group on W&B."""
     trainer: TrainerConfig = TrainerConfig(steps=10_000)
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=500, ema=0.999, clip_norm=10.0)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-2, schedule="cosine", warmup_steps=200, ema=0.999, clip_norm=1.0)
     model: FlowConfig = FlowConfig()
 
     def network(self, shape: Shape, classes: tuple[str, ...]) -> Flow:

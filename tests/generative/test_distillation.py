@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def teacher(process: str, trained: bool = True) -> Diffusion:
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_target_is_what_makes_one_step_end_where_the_teacher_does(process: str) -> None:
     points = PROCESSES[process].points(4)
-    for start, end in zip(points, points[1:]):
+    for start, end in pairwise(points):
         x, goal = normal(2, *SHAPE).double(), normal(2, *SHAPE, seed=1).double()
         torch.testing.assert_close(follow(x, told_by(x, goal, start, end), start, end), goal)
 
@@ -52,8 +53,7 @@ def test_the_teacher_leads_where_its_equation_does() -> None:
     labels, x = torch.zeros(2, dtype=torch.long), 0.2 * normal(2, *SHAPE)
     points = [point for point in model.process.points(400) if 0.5 < point.sigma < 3]
     shrunk = math.sqrt((points[-1].sigma ** 2 + 1) / (points[0].sigma ** 2 + 1))
-    unclamped = lambda x, point: model.guess(x, point, labels)._replace(x0=x / (point.sigma**2 + 1))
-    torch.testing.assert_close(led(unclamped, find("heun"), x, points), shrunk * x, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(led(model.denoise(labels, 1), find("heun"), x, points), shrunk * x, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("process", PROCESSES)

@@ -138,7 +138,7 @@ def test_in_single_precision_images_of_28_pixels_come_back(kind, pixels):
 
 @pytest.mark.parametrize("pixels", ["curve", "logit"])
 def test_the_density_of_two_pixels_integrates_to_one(pixels):
-    model = whole("nice", (1, 1, 2), pixels=pixels)
+    model = whole("nice", (1, 1, 2), pixels=pixels, alpha=0.05)
     edges = (torch.arange(512, dtype=torch.float64) + 0.5) / 512
     grid = torch.cartesian_prod(edges, edges).view(-1, 1, 1, 2)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_the_densities_of_two_classes_are_two_densities():
 
 def test_before_training_a_flow_of_logits_is_their_normal_density():
     """Couplings begin additive with zero shift: NICE is then the logit of the pixels under a normal density."""
-    model = Flow(FlowConfig(kind="nice", steps=2, hidden=4, pixels="logit"), (1, 2, 2), ()).double()
+    model = Flow(FlowConfig(kind="nice", steps=2, hidden=4, pixels="logit", alpha=0.05), (1, 2, 2), ()).double()
     x = uniform(5, 1, 2, 2)
     inner = 0.05 + 0.9 * x
     density = torch.distributions.Normal(0.0, 1.0).log_prob(torch.logit(inner)) + math.log(0.9) - (inner * (1 - inner)).log()
@@ -172,7 +172,7 @@ def test_before_training_a_flow_of_logits_is_their_normal_density():
 def test_before_training_a_flow_of_curves_is_the_histogram():
     """Each pixel for itself, with the grey values as often as they were: the bits are the cross-entropy with the histogram."""
     values = torch.tensor([0, 0, 0, 0, 0, 7, 128, 255]).view(2, 1, 2, 2)
-    model = Flow(FlowConfig(kind="nice", steps=2, hidden=4), (1, 2, 2), ()).double()
+    model = Flow(FlowConfig(kind="nice", steps=2, hidden=4, alpha=0.05), (1, 2, 2), ()).double()
     model.fit(dequantised(values / 255, uniform(2, 1, 2, 2)))
     share = {0: 5 / 8, 7: 1 / 8, 128: 1 / 8, 255: 1 / 8}
     expected = [-sum(math.log2(0.95 * share[int(k)] + 0.05 / 256) for k in image.flatten()) / 4 for image in values]
