@@ -41,7 +41,6 @@ from lab.optimizer import OptimizerConfig
 from lab.trainer import Trainer
 
 Kind = Literal["hinge", "dcgan", "wgan_gp", "r3gan"]
-EXTRA = 0
 PENALISED = ("wgan_gp", "r3gan")
 
 
@@ -79,8 +78,8 @@ class GANExperiment(GeneratorExperiment):
     name: str = "gan"
     """What to call it: the folder below runs/, and the group on W&B."""
     trainer: TrainerConfig = TrainerConfig(steps=10_000)
-    optimizer: OptimizerConfig = OptimizerConfig(kind="adam", lr=2e-4, betas=(0.0, 0.9), schedule="linear", ema=0.999)
-    critic_optimizer: OptimizerConfig = OptimizerConfig(kind="adam", lr=4e-4, betas=(0.0, 0.9), schedule="linear")
+    optimizer: OptimizerConfig = OptimizerConfig(kind="adam", lr=1e-3, betas=(0.0, 0.9), schedule="linear", ema=0.999)
+    critic_optimizer: OptimizerConfig = OptimizerConfig(kind="adam", lr=2e-3, betas=(0.0, 0.9), schedule="linear")
     model: GANConfig = GANConfig()
 
     def __post_init__(self) -> None:
@@ -301,7 +300,7 @@ def critic_features(config: GANConfig, shape: Shape) -> tuple[nn.Module, int]:
     body = nn.Sequential(
         nn.Conv2d(shape[0], width, 4, 2, 1),
         CriticBlock(width, 2 * width, stride=2, silent=silent),
-        *[CriticBlock(2 * width, 2 * width, silent=silent) for _ in range(EXTRA)],
+        CriticBlock(2 * width, 2 * width, silent=silent),
         nn.ReLU(), SumOfPlaces(),
     )  # fmt: skip
     return body, 2 * width
