@@ -84,7 +84,7 @@ class DiffusionConfig(Settings):
     drop: Decay = 0.1
     """Share of training images whose class is not told, which guidance needs."""
     sampler: str = "auto"
-    """How to walk from noise to image; auto: dpmpp, or midpoint for flow matching."""
+    """How to walk from noise to image; auto: unipc."""
     steps: Count = 20
     """Steps of the sampler."""
     guidance: NonNegative = 1.0
@@ -294,8 +294,7 @@ class Diffusion(CodedGenerator):
     def sampler(self, how: SamplingConfig) -> str:
         """The name of the sampler."""
         chosen = how.sampler if how.sampler != "auto" else self.config.sampler
-        usual = "midpoint" if self.config.process == "flow" else "dpmpp"
-        return usual if chosen == "auto" else chosen
+        return "unipc" if chosen == "auto" else chosen
 
     def points(self, how: SamplingConfig) -> list[Point]:
         """Where the sampler stops. Those that reckon in log(alpha / sigma) begin a hair before pure noise, as those of diffusers do."""
@@ -342,7 +341,9 @@ class Diffusion(CodedGenerator):
         left = points[len(points) - 1 - round(strength * (len(points) - 1)) :]
         if len(left) < 2:
             return images
-        start = left[0].alpha * self.scaled(images, labels) + left[0].sigma * noise.view(-1, *self.inner)
+        start = self.start(noise)
+        if len(left) < len(points):
+            start = left[0].alpha * self.scaled(images, labels) + left[0].sigma * noise.view(-1, *self.inner)
         denoise = self.denoise(labels, how.guidance or self.config.guidance)
         return self.images_of(self.walk(start, left, denoise, how, generator)[-1])
 

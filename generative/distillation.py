@@ -45,7 +45,7 @@ class DistillationConfig(Settings):
 
     steps: Count = 4
     """Steps of the student from noise to image."""
-    teacher_steps: Count = 4
+    teacher_steps: Count = 2
     """Steps of the teacher for each of the student's."""
     sampler: str = "auto"
     """The teacher's way to go; auto: midpoint for flow matching, else heun."""
@@ -63,7 +63,7 @@ class DistillationExperiment(GeneratorExperiment):
     """What to call it: the folder below runs/, and the group on W&B."""
     teacher: str = ""
     """Run of the diffusion model that is to be taught; the student begins as its copy."""
-    trainer: TrainerConfig = TrainerConfig(steps=3000, precision="auto")
+    trainer: TrainerConfig = TrainerConfig(steps=1200, precision="auto")
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, betas=(0.9, 0.99), schedule="cosine", warmup_steps=100, ema=0.998, clip_norm=1.0)
     model: DistillationConfig = DistillationConfig()
 

@@ -229,15 +229,16 @@ class UpBlock(nn.Module):
 
 
 class Styled(nn.Module):
-    """Maps, normalised in groups if asked to, then scaled and shifted channel by channel as the style says.
+    """Maps, normalised if asked to, then scaled and shifted channel by channel as the style says.
 
     Class and noise enter every layer so: conditional normalisation (Dumoulin et al. 2017) with self-modulation (Chen et al. 2019).
+    It is by batch, since a generator whose drawings are alike is thereby forced apart: by groups, one without classes began by
+    drawing nothing but black, and stayed there.
     """
 
     def __init__(self, channels: int, style: int, normalised: bool) -> None:
         super().__init__()
-        groups = next(size for size in (8, 4, 2, 1) if channels % size == 0)
-        self.norm = nn.GroupNorm(channels // groups, channels, affine=False) if normalised else nn.Identity()
+        self.norm = nn.BatchNorm2d(channels, affine=False) if normalised else nn.Identity()
         self.affine = nn.Linear(style, 2 * channels)
         silence(self.affine)
 
@@ -387,8 +388,8 @@ def normalise_spectra(network: nn.Module) -> None:
 def follow_spectra(network: nn.Module) -> None:
     """One power iteration for each largest singular value, after weights have moved.
 
-    torch does one in every pass; but then a batch in two parts would give another result than in one, and the generator's
-    update would change the critic.
+    torch does one in every pass; but then a batch in two parts would give another critic than in one, and the generator's
+    update would change it too.
     """
     for module in network.modules():
         if isinstance(module, ParametrizationList):

@@ -407,7 +407,7 @@ def test_settings_of_the_model_count_where_none_are_given() -> None:
     plain = model(process="ddpm")
     given = SamplingConfig(guidance=2.0, sampler="ddim", steps=4)
     assert torch.equal(net.generate(noise, labels, SamplingConfig()), plain.generate(noise, labels, given))
-    assert [plain.sampler(SamplingConfig()), model(process="flow").sampler(SamplingConfig())] == ["dpmpp", "midpoint"]
+    assert [plain.sampler(SamplingConfig()), model(process="flow").sampler(SamplingConfig())] == ["unipc", "unipc"]
 
 
 def test_unknown_samplers_are_refused_when_settings_are_made() -> None:
