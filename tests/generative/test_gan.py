@@ -175,7 +175,7 @@ def test_a_penalised_linear_critic_measures_the_distance_of_two_gaussians() -> N
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(net.slope) == pytest.approx(1 + distance / (2 * weight), rel=1e-4)
+    assert float(net.slope.detach()) == pytest.approx(1 + distance / (2 * weight), rel=1e-4)
     assert -float(loss.detach()) == pytest.approx(distance + distance**2 / (4 * weight), rel=1e-4)
 
 
@@ -187,7 +187,7 @@ def test_spectral_normalisation_holds_every_layer_at_one(name: str) -> None:
     net = critic(critic=name)
     for _ in range(200):
         gan.follow_spectra(net)
-    matrices = [module.weight.flatten(1) for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding)]
+    matrices = [module.weight.detach().flatten(1) for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding)]
     assert len(matrices) > 5
     for matrix in matrices:
         assert float(torch.linalg.matrix_norm(matrix, 2)) == pytest.approx(1, abs=0.03)
@@ -256,7 +256,7 @@ def test_dcgan_begins_and_normalises_as_its_paper_says() -> None:
         norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
         assert norms
         assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-5, 0.1)}
-        kernels = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000]
+        kernels = [module.weight.detach() for module in net.modules() if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000]
         assert all(float(kernel.std()) == pytest.approx(0.02, rel=0.05) for kernel in kernels)
 
 
