@@ -68,6 +68,16 @@ class NetworkConfig(Settings):
     heads: Count = 4
     """Heads of every attention."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = {"unet": 2, "diffusers": 8, "dit": 4}[self.kind]
+        wrong = [width for width in ([self.width] if self.kind == "dit" else self.widths) if width % parts]
+        last = self.width if self.kind == "dit" else self.widths[-1] if self.widths else 0
+        if wrong or not last:
+            raise ValueError(f"{self.kind} needs widths that are multiples of {parts}, at least one; found {wrong or 'none'}")
+        if last % self.heads:
+            raise ValueError(f"heads: {self.heads} heads cannot share {last} channels evenly; set heads to a divisor")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(Settings):

@@ -580,3 +580,18 @@ def test_images_must_fit_the_network() -> None:
         Diffusion(DiffusionConfig(network=dataclasses.replace(SMALL, fold=3)), SHAPE, CLASSES)
     with pytest.raises(UserError, match="would halve 28 pixels to a fraction"):
         Diffusion(DiffusionConfig(network=NetworkConfig(kind="diffusers", widths=(8, 8, 8, 8))), (1, 28, 28), CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"widths": ()}, "unet needs widths"),
+        ({"widths": (7, 8)}, r"multiples of 2, at least one; found \[7\]"),
+        ({"kind": "diffusers", "widths": (20, 32)}, r"multiples of 8, at least one; found \[20\]"),
+        ({"kind": "dit", "width": 30}, r"multiples of 4, at least one; found \[30\]"),
+        ({"widths": (8, 18)}, "4 heads cannot share 18 channels evenly"),
+    ],
+)
+def test_widths_that_no_network_can_have_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NetworkConfig(**settings)
