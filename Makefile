@@ -19,11 +19,14 @@ lint: setup-dev  ## style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-figures: setup  ## the benchmarks of the README (about 75 minutes on 2 cores)
+figures: setup  ## the benchmarks of the README (hours on 2 cores)
 	$(RUN) benchmarks/trainer.py
 	$(RUN) benchmarks/agents.py
 	$(RUN) benchmarks/backbones.py
 	$(RUN) scripts/backbones.py --plot docs/backbones.png
+	$(RUN) benchmarks/metrics.py
+	$(RUN) benchmarks/diffusion.py
+	$(RUN) benchmarks/scoreboard.py --train
 
 setup:
 	@$(PYTHON) scripts/bootstrap.py

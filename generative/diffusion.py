@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from generative import model as families
 from generative.model import CodedGenerator, EvaluationConfig, GeneratorExperiment, GeneratorTask, SamplingConfig
@@ -180,7 +181,10 @@ class DiffusersUNet(nn.Module):
 
     def forward(self, images: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
         """Maps (N, outputs, H, W)."""
-        maps: Tensor = self.unet(images, times, labels).sample
+        short = images.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        # For few places torch's fused kernel is slow in bf16 on a CPU.
+        with sdpa_kernel(SDPBackend.MATH) if short else nullcontext():
+            maps: Tensor = self.unet(images, times, labels).sample
         return maps
 
 
