@@ -24,7 +24,6 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from generative import model as families
@@ -274,6 +273,13 @@ class Diffusion(CodedGenerator):
         x0 = wide(scales.skip) * x + wide(scales.out) * output
         return Guess(x0 if self.coder else x0.clamp(-self.mean / self.scale, (1 - self.mean) / self.scale), fraction)
 
+    def missed(self, x: Tensor, moment: Moment, labels: Tensor, x0: Tensor) -> tuple[Tensor, Guess]:
+        """Mean squared error of F where it should have told `x0`, (N,), and what was guessed, not held within black and white."""
+        scales = self.process.scales(moment)
+        output, fraction = self.parted(self(x, moment, labels))
+        error = (output - (x0 - wide(scales.skip) * x) / wide(scales.out)).square().flatten(1).mean(1)
+        return error, Guess(wide(scales.skip) * x + wide(scales.out) * output, fraction)
+
     def parted(self, output: Tensor) -> tuple[Tensor, Tensor | float]:
         """F itself, and how far the variance is from the smallest to the largest."""
         if self.learned_variance:
@@ -506,14 +512,11 @@ class DiffusionTask(GeneratorTask):
         moment = model.process.draw((shard.uniform("time") + shard.places) / shard.batch)
         x = wide(moment.alpha) * x0 + wide(moment.sigma) * shard.normal("noise", *model.inner)
         untold = shard.uniform("drop") < self.experiment.model.drop
-        output, fraction = model.parted(model(x, moment, labels.masked_fill(untold, len(model.classes))))
-        scales = model.process.scales(moment)
-        target = (x0 - wide(scales.skip) * x) / wide(scales.out)
-        error = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+        error, guess = model.missed(x, moment, labels.masked_fill(untold, len(model.classes)), x0)
         loss = (model.process.weight(moment) * error).mean()
         if model.learned_variance:
-            guess = Guess((wide(scales.skip) * x + wide(scales.out) * output).detach(), fraction)
-            return loss + 0.001 * variance_loss(self.experiment.model.ddpm, x0, guess, moment), {"error": error.mean()}
+            guess = guess._replace(x0=guess.x0.detach())
+            loss = loss + 0.001 * variance_loss(self.experiment.model.ddpm, x0, guess, moment)
         return loss, {"error": error.mean()}
 
     def test(self, model: Diffusion, images: int) -> dict[str, float]:
@@ -523,9 +526,7 @@ class DiffusionTask(GeneratorTask):
         moment = model.process.draw((torch.arange(len(x0), device=x0.device) * 0.618034) % 1)
         noise = torch.randn(x0.shape, generator=seeding.generator(0, "judge/noise", 0)).to(x0.device)
         x = wide(moment.alpha) * x0 + wide(moment.sigma) * noise
-        scales = model.process.scales(moment)
-        output, _ = model.parted(model(x, moment, split.labels))
-        error = (output - (x0 - wide(scales.skip) * x) / wide(scales.out)).square().flatten(1).mean(1)
+        error, _ = model.missed(x, moment, split.labels, x0)
         return {"loss": float((model.process.weight(moment) * error).mean())}
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from generative import diffusion
 from generative import model as families
-from generative.diffusion import Diffusion, DiffusionExperiment, precisely, wide
+from generative.diffusion import Diffusion, DiffusionExperiment, precisely
 from generative.model import EvaluationConfig, GeneratorExperiment, GeneratorTask, Loaded, SamplingConfig, spread_labels
 from generative.processes import Moment, Process
 from generative.samplers import Denoise, Point, Sampler, find
@@ -196,10 +196,7 @@ class DistillationTask(GeneratorTask):
         with torch.no_grad():
             found = led(self.teacher.denoise(labels, lesson.guidance), self.sampler, x, points)
             target = told_by(x, found, start, points[-1])
-        moment = Moment.of(start, len(x), x.device)
-        scales = student.process.scales(moment)
-        output, _ = student.parted(student(x, moment, labels))
-        return (output - (target - wide(scales.skip) * x) / wide(scales.out)).square().flatten(1).mean(1)
+        return student.missed(x, Moment.of(start, len(x), x.device), labels, target)[0]
 
     @property
     def sampler(self) -> Sampler:

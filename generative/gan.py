@@ -16,8 +16,7 @@ and nothing else. Only G is sampled and judged: a checkpoint holds both, so that
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal, cast
@@ -31,12 +30,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from generative.model import Generator, GeneratorExperiment, GeneratorTask, SamplingConfig
 from lab import backbones, seeding
+from lab.backbones.unet import zero
 from lab.backbones.upsampling import PixelShuffleConv, ResizeConv
 from lab.checkpoint import Stateful
 from lab.config import Count, NonNegative, Settings, UserError
 from lab.experiment import TrainerConfig
 from lab.images import Shape
-from lab.learner import Learner, Metrics, Shard
+from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
 from lab.trainer import Trainer
 
@@ -219,7 +219,7 @@ class UpBlock(nn.Module):
         self.up, self.convolution = ResizeConv(inputs, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
         self.shortcut = nn.Conv2d(inputs, outputs, 1)
         if not normalised:
-            silence(self.convolution)
+            zero(self.convolution)
 
     def forward(self, maps: Tensor, style: Tensor) -> Tensor:
         """(N, inputs, H, W) to (N, outputs, 2H, 2W)."""
@@ -242,7 +242,7 @@ class Styled(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, affine=False) if normalised else nn.Identity()
         self.affine = nn.Linear(style, 2 * channels)
-        silence(self.affine)
+        zero(self.affine)
 
     def forward(self, maps: Tensor, style: Tensor) -> Tensor:
         """(N, C, H, W) to the same; begins as the bare normalisation."""
@@ -323,7 +323,7 @@ class CriticBlock(nn.Module):
         pool = nn.AvgPool2d(2) if stride == 2 else nn.Identity()
         self.shortcut = nn.Sequential(pool, nn.Conv2d(inputs, outputs, 1)) if inputs != outputs else pool
         if silent:
-            silence(self.branch[3])
+            zero(self.branch[3])
 
     def forward(self, maps: Tensor) -> Tensor:
         """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
@@ -359,12 +359,6 @@ def backbone_without_norm(name: str, shape: Shape) -> backbones.Backbone:
 
 
 # How weights begin, and what holds them
-
-
-def silence(layer: nn.Module) -> None:
-    """Make a layer give zero at first."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
 
 
 def begin_as_dcgan(network: nn.Sequential) -> nn.Sequential:
@@ -459,7 +453,7 @@ class GANTask(GeneratorTask):
         """How little the critic likes what the generator draws."""
         kind, real, labels = self.experiment.model.kind, *self.scaled_batch(shard)
         fake = self.model(shard.normal("noise", self.model.latent), labels)
-        with at_rest(self.critic_learner):
+        with self.critic_learner.at_rest():
             scores = self.critic(fake, labels)
             real_scores = self.critic(real, labels) if kind == "r3gan" else scores
         return generator_loss(kind, real_scores, scores), {}
@@ -472,18 +466,6 @@ class GANTask(GeneratorTask):
     def test(self, model: GAN, images: int) -> dict[str, float]:
         """Nothing: a GAN gives no likelihood; scripts/evaluate.py judges its samples."""
         return {}
-
-
-@contextlib.contextmanager
-def at_rest(learner: Learner) -> Iterator[None]:
-    """Within, gradients pass through a learner's module but none is computed for its weights."""
-    for weight in learner.weights:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in learner.weights:
-            weight.requires_grad_(True)
 
 
 EXPERIMENT = GANExperiment()

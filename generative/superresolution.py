@@ -15,8 +15,7 @@ already can enlarge, as in the paper (section 3.2).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, cast
@@ -275,16 +274,6 @@ def critic_for(config: SuperResolutionConfig, shape: Shape) -> nn.Module:
     return nn.Sequential(body, nn.Linear(body.out_features, 1))
 
 
-@contextlib.contextmanager
-def held(module: nn.Module) -> Iterator[None]:
-    """Leave a module's weights out of what gradients are computed for."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
-
-
 class SuperResolutionTask(GeneratorTask):
     """Rebuild training images from small ones, under the eyes of a critic that learns beside."""
 
@@ -319,7 +308,7 @@ class SuperResolutionTask(GeneratorTask):
         if not (self.critic and self.criticised(trainer.step)):
             return super().step(trainer)
         judged = trainer.minimise(self.critic, self.critic_loss, self.experiment.data.batch_size)
-        with held(self.critic.module):
+        with self.critic.at_rest():
             made = super().step(trainer)
         return {**made, **{f"critic_{name}": value for name, value in judged.items()}}
 

@@ -39,6 +39,17 @@ class Learner(nn.Module):
         finally:
             module.train(training)
 
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Within, gradients pass through the module but none is computed for its weights."""
+        for weight in self.weights:
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in self.weights:
+                weight.requires_grad_(True)
+
     def parts(self, prefix: str = "") -> dict[str, Stateful]:
         """What a checkpoint must hold of it."""
         parts: dict[str, Stateful] = {f"{prefix}model": self.module, f"{prefix}optimizer": self.optimizer}

@@ -40,7 +40,7 @@ def film(maps: Tensor, parameters: Tensor) -> Tensor:
     return maps * (1 + scale) + shift
 
 
-def zero(layer: nn.Conv2d | nn.Linear) -> None:
+def zero(layer: nn.Module) -> None:
     """Let a layer begin as nothing."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)

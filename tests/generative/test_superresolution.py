@@ -231,7 +231,7 @@ def test_the_critics_loss_rises_where_what_was_made_seems_more_real() -> None:
 
 def test_the_networks_step_gives_the_critic_no_gradient_and_lets_it_learn_again() -> None:
     one = task()
-    with sr.held(one.critic.module):
+    with one.critic.at_rest():
         one.loss(shard())[0].backward()
     assert all(weight.grad is None for weight in one.critic.module.parameters())
     assert all(weight.requires_grad for weight in one.critic.module.parameters())
