@@ -301,6 +301,10 @@ class Diffusion(CodedGenerator):
 
         return guided
 
+    def denoise_as(self, labels: Tensor, how: SamplingConfig) -> Denoise:
+        """The same with the guidance that is set, or else the model's own."""
+        return self.denoise(labels, how.guidance or self.config.guidance)
+
     # Generator
 
     def walk(
@@ -330,13 +334,13 @@ class Diffusion(CodedGenerator):
     @torch.no_grad()
     def generate(self, noise: Tensor, labels: Tensor, how: SamplingConfig, generator: torch.Generator | None = None) -> Tensor:
         """Images of noise, by the sampler."""
-        denoise = self.denoise(labels, how.guidance or self.config.guidance)
+        denoise = self.denoise_as(labels, how)
         return self.images_of(self.walk(self.start(noise), self.points(how), denoise, how, generator)[-1])
 
     @torch.no_grad()
     def trajectory(self, noise: Tensor, labels: Tensor, how: SamplingConfig, generator: torch.Generator | None = None) -> list[Tensor]:
         """Images at every step on the way; noise is drawn as grey."""
-        denoise, points = self.denoise(labels, how.guidance or self.config.guidance), self.points(how)
+        denoise, points = self.denoise_as(labels, how), self.points(how)
         passed = self.walk(self.start(noise), points, denoise, how, generator)
         return [self.images_of(x / math.hypot(point.alpha, point.sigma)) for x, point in zip(passed, points)]
 
@@ -348,7 +352,7 @@ class Diffusion(CodedGenerator):
         if self.coder:
             raise UserError("inpainting works on pixels, and this model diffuses codes; take one that was trained without --latents")
         known = self.scaled(images, labels)
-        denoise = inpainting(self.denoise(labels, how.guidance or self.config.guidance), known, mask)
+        denoise = inpainting(self.denoise_as(labels, how), known, mask)
         made = self.images_of(self.walk(self.start(noise), self.points(how), denoise, how, generator)[-1])
         return torch.where(mask.bool(), images, made)
 
@@ -364,7 +368,7 @@ class Diffusion(CodedGenerator):
         start = self.start(noise)
         if len(left) < len(points):
             start = left[0].alpha * self.scaled(images, labels) + left[0].sigma * noise.view(-1, *self.inner)
-        denoise = self.denoise(labels, how.guidance or self.config.guidance)
+        denoise = self.denoise_as(labels, how)
         return self.images_of(self.walk(start, left, denoise, how, generator)[-1])
 
     @torch.no_grad()
