@@ -45,6 +45,8 @@ class TrainerConfig(Settings):
     """Steps between checkpoints."""
     keep: Count = 2
     """Checkpoints that are kept; at least 2, since the newest one could be damaged."""
+    milestones: Natural = 10
+    """Moments of training, evenly spaced, whose weights are kept for good, to see later how it went; 0: none."""
     max_skipped: Count = 10
     """Updates in a row that may be skipped for non-finite gradients before the run stops."""
 

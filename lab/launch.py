@@ -20,7 +20,7 @@ from lab import checkpoint, distributed, media, runs
 from lab.config import ConfigError, Given, Resolved, UserError, dump, leaves, read_arguments, read_yaml, resolve
 from lab.distributed import World
 from lab.experiment import Experiment
-from lab.recorder import Recorder, console, cut, display, log, speak
+from lab.recorder import Recorder, console, cut, display, log, logged, speak
 from lab.runs import Run
 from lab.tracking import Tracker, resolved_mode
 from lab.trainer import DONE, STOPPED, Trainer, TrainingStopped
@@ -176,11 +176,13 @@ def _train_main(order: Order, experiment: Experiment, world: World) -> int:
     run = order.resume or runs.create(experiment.name, order.folder, config)
     with ExitStack() as stack:
         stack.enter_context(runs.owned(run))
+        stack.enter_context(logged(run))
         cut(run, trainer.resume(run))
         if order.resume:
             runs.write_config(run, config)
             log.info("resuming %s at step %d of %d", run.folder, trainer.step, experiment.trainer.steps)
         runs.note_start(run, distributed.environment())
+        stack.push(lambda kind, error, trace: runs.note_end(run, error))
         tracker = Tracker.start(experiment.tracking, run.folder, **tracked(experiment, run))
         recorder = Recorder(run, tracker, display(experiment.name, experiment.trainer.steps))
         stack.push(lambda kind, error, trace: recorder.close(failed=kind is not None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from lab import checkpoint
@@ -16,6 +17,12 @@ def settings_of(run: Run, families: Mapping[str, str]) -> Any:
     """The settings that a run was made with; `families` names the module of each kind of experiment."""
     default = importlib.import_module(families[run.experiment]).EXPERIMENT
     return resolve(default, read_yaml(run.config)[0]).settings
+
+
+def moments(run: Run) -> dict[int, Path]:
+    """The steps whose weights a run still has, in order, and the folder of each: its milestones and its checkpoints."""
+    found = {folder.name: folder for root in (run.milestones, run.checkpoints) for folder in checkpoint.folders(root)}
+    return {int(name.removeprefix("step_")): found[name] for name in sorted(found) if name.removeprefix("step_").isdecimal()}
 
 
 def saved(found: Found, only: Collection[str] = ()) -> Checkpoint:

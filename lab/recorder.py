@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
@@ -32,6 +32,31 @@ def speak() -> None:
     log.handlers[:] = [RichHandler(console=console, show_path=False, show_time=False)]
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+class Forgiving(logging.FileHandler):
+    """A log file that says nothing more where it cannot be written: a full disk must not end a run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Lose the line."""
+
+
+@contextlib.contextmanager
+def logged(run: Run) -> Iterator[None]:
+    """Keep the log in the run's `log.txt` too, and there also the traceback of what ends it."""
+    handler = Forgiving(run.log, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        kind, trace = type(error), error.__traceback__
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "training ended by an error", (), (kind, error, trace)))
+        raise
+    finally:
+        log.removeHandler(handler)
+        with contextlib.suppress(OSError):  # what a full disk had no room for
+            handler.close()
 
 
 class Recorder:

@@ -5,7 +5,8 @@ runs/<name>/<UTC time>-<6 chars>/
     command.txt        the commands that started and resumed the run
     environment.json   the run's id; for every start: code version, libraries, device
     metrics.jsonl      the truth about the run, a row a line; timing.jsonl: its wall-clock side
-    checkpoints/  media/  export/  wandb/
+    log.txt            what was said on the way, and why a run failed
+    checkpoints/  milestones/  media/  export/  wandb/
 """
 
 from __future__ import annotations
@@ -58,6 +59,16 @@ class Run:
     def checkpoints(self) -> Path:
         """The checkpoints, a folder each."""
         return self.folder / "checkpoints"
+
+    @property
+    def milestones(self) -> Path:
+        """Weights of earlier moments of training, a folder each, as checkpoints are."""
+        return self.folder / "milestones"
+
+    @property
+    def log(self) -> Path:
+        """Warnings and errors, as the terminal showed them."""
+        return self.folder / "log.txt"
 
     @property
     def media(self) -> Path:
@@ -138,9 +149,24 @@ def note_start(run: Run, facts: dict[str, Any]) -> None:
         file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     known = json.loads(run.environment.read_text()) if run.environment.exists() else {}
     identity = str(known.get("id") or secrets.token_hex(8))
-    starts = [*known.get("starts", []), {"time": datetime.now(UTC).isoformat(timespec="seconds"), **_versions(), **facts}]
+    _write_environment(run, {"id": identity, "starts": [*known.get("starts", []), {"time": _now(), **_versions(), **facts}]})
+
+
+def note_end(run: Run, error: BaseException | None) -> None:
+    """Add to the newest start when it ended, and by which error, if by one; a kill leaves no such note."""
+    with contextlib.suppress(OSError):  # a full disk is no reason to fail at the very end
+        known = json.loads(run.environment.read_text())
+        known["starts"][-1] |= {"ended": _now(), "error": error and (str(error) or type(error).__name__)}
+        _write_environment(run, known)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write_environment(run: Run, content: dict[str, Any]) -> None:
     temporary = run.folder / ".environment.json"
-    temporary.write_text(json.dumps({"id": identity, "starts": starts}, indent=1) + "\n")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, run.environment)
 
 
@@ -165,6 +191,17 @@ def _git(*words: str) -> str | None:
 
 # Owning
 
+LOCK, OWNER = "run.lock", "owner.json"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that holds a run."""
+
+    pid: int
+    host: str
+    since: str
+
 
 @contextlib.contextmanager
 def owned(run: Run) -> Iterator[None]:
@@ -173,26 +210,41 @@ def owned(run: Run) -> Iterator[None]:
     Raises:
         UserError: another process holds it; says which.
     """
-    lock, owner = FileLock(run.folder / "run.lock", timeout=0), run.folder / "owner.json"
+    lock, owner = FileLock(run.folder / LOCK, timeout=0), run.folder / OWNER
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"{run.folder} is owned by {_owner(owner)}; wait for it to end, or stop it") from None
+        raise UserError(f"{run.folder} is owned by {_described(owner_of(run))}; wait for it to end, or stop it") from None
     try:
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
         yield
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
 
 
-def _owner(path: Path) -> str:
+def owner_of(run: Run) -> Owner | None:
+    """Who holds the run, or held it until a kill; None if nobody does. `alive` tells one from the other."""
     try:
-        owner = json.loads(path.read_text())
-        return f"pid {owner['pid']} on host {owner['host']} since {owner['since']}"
-    except (OSError, ValueError, KeyError):
-        return "another process"
+        owner = json.loads((run.folder / OWNER).read_text())
+        return Owner(int(owner["pid"]), str(owner["host"]), str(owner["since"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def alive(run: Run) -> bool:
+    """Whether a process holds the run, as the system knows it: a number of a dead process may be another one's by now."""
+    try:
+        with FileLock(run.folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that cannot be written to
+        return False
+
+
+def _described(owner: Owner | None) -> str:
+    return f"pid {owner.pid} on host {owner.host} since {owner.since}" if owner else "another process"
 
 
 # Finding

@@ -115,6 +115,7 @@ class Trainer:
             raise UserError(f"cannot resume: {error}") from None
         if run:
             checkpoint.drop_after(run.checkpoints, self.step)
+            checkpoint.drop_after(run.milestones, self.step)
         return int(found.notes["metrics_bytes"])
 
     def fit(self, run: Run | None = None, recorder: Recorder | None = None) -> int:
@@ -134,6 +135,8 @@ class Trainer:
                 stopping = self.world.any(requested.is_set())
                 if run and recorder and (stopping or self._due(self.config.save_every)):
                     self._save(run, recorder, needed=stopping or self.step == self.config.steps)
+                if run and self._passed_milestone():
+                    self._save_milestone(run)
                 if stopping:
                     return STOPPED
         return DONE
@@ -171,6 +174,21 @@ class Trainer:
             if needed:
                 raise TrainingStopped(f"step {self.step} could not be saved ({error}); the checkpoints before it are whole") from error
             log.warning("step %d could not be saved (%s); training goes on, the checkpoints before it are whole", self.step, error)
+
+    def _passed_milestone(self) -> bool:
+        """Whether one of the `milestones` parts of the run ends with this step."""
+        count, steps = self.config.milestones, self.config.steps
+        return self.step * count // steps > (self.step - 1) * count // steps
+
+    def _save_milestone(self, run: Run) -> None:
+        """Keep what the model has learnt so far: its averaged weights where it has them, else the plain ones."""
+        parts = self.task.parts()
+        judged = {name: parts[name] for name in ("ema", "model") if name in parts}
+        kept, notes = dict([*judged.items()][:1]), {"facts": dict(self.task.facts)}
+        try:
+            checkpoint.save(run.milestones, self.step, kept, notes, self.config.milestones)
+        except OSError as error:
+            log.warning("the weights of step %d could not be kept (%s); training goes on", self.step, error)
 
     def _parts(self) -> dict[str, Stateful]:
         return {**self.task.parts(), "trainer": self}
@@ -223,7 +241,12 @@ class Trainer:
         if self.media is None:
             return {}
         path = self.media / f"{name}_{self.step:09d}.png"
-        media.save_png(path, image, scale)
+        try:
+            media.save_png(path, image, scale)
+        except OSError as error:
+            log.warning("%s could not be saved (%s); training goes on", path, error)
+            path.unlink(missing_ok=True)
+            return {}
         return {f"media/{name}": f"{self.media.name}/{path.name}"}
 
     def shards(self, batch: int) -> list[Shard]:

@@ -26,7 +26,7 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn
 
 from envs.games import GameConfig
-from lab import checkpoint, loading, runs
+from lab import loading, runs
 from lab.config import Count, Fraction, Natural, Positive, Settings, UserError
 from lab.launch import guarded
 from lab.recorder import console
@@ -56,7 +56,7 @@ class Options(Settings):
     out: Path | None = None
     """Write a video here, .mp4 or .gif, and open no window."""
     checkpoint: Natural | None = None
-    """Step of the checkpoint to take; default: the newest."""
+    """Step of the checkpoint or milestone to take; default: the newest. A wrong one gets the list."""
     seed: Natural = 0
     """Decides the games and the random actions."""
     speed: Positive = 1.0
@@ -168,11 +168,10 @@ def saved_at(run: Run, step: int) -> str:
     Raises:
         UserError: there is none; lists those that there are.
     """
-    folder = run.checkpoints / f"step_{step:09d}"
-    if not folder.is_dir():
-        steps = [str(int(path.name.removeprefix("step_"))) for path in reversed(checkpoint.folders(run.checkpoints))]
-        raise UserError(f"--checkpoint {step}: {run.folder} has none of that step; it has {', '.join(steps) or 'none yet'}")
-    return str(folder)
+    moments = loading.moments(run)
+    if step not in moments:
+        raise UserError(f"--checkpoint {step}: {run.folder} has none of that step; it has {', '.join(map(str, moments)) or 'none yet'}")
+    return str(moments[step])
 
 
 # A video

@@ -214,7 +214,7 @@ def test_a_full_disk_costs_only_the_checkpoints_of_that_time(tmp_path: Path, mon
         return real(root, step, *rest)
 
     monkeypatch.setattr(checkpoint, "save", save)
-    _, run, status = train(tmp_path / "run", Line(trainer=settings(steps=25)))
+    _, run, status = train(tmp_path / "run", Line(trainer=settings(steps=25, milestones=0)))
     assert status == DONE
     assert calls == [5, 10, 15, 20, 25]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_000000020", "step_000000025"]

@@ -408,7 +408,7 @@ def test_several_games_an_older_checkpoint_and_other_rules_can_be_watched(call, 
 
 MISTAKES = [
     (["--out", "x.avi"], "--out x.avi: videos are written as .mp4 or .gif"),
-    (["--checkpoint", "3"], "has none of that step; it has 2, 4"),
+    (["--checkpoint", "9"], "has none of that step; it has 1, 2, 3, 4"),
     (["--policy", "sampled"], "policy 'sampled': this agent has values of actions, no probabilities"),
     (["--speed", "0"], "speed: expected a float > 0, found 0.0"),
     (["--episodes", "0"], "episodes: expected an integer >= 1 or none, found 0"),
