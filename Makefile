@@ -3,10 +3,14 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow lint figures setup setup-dev clean
+.PHONY: demo studio test test-slow lint figures setup setup-dev clean
 
 demo: setup  ## train an autoencoder, a VAE and an agent, show what they learnt
 	$(RUN) scripts/demo.py
+
+studio:  ## a page in the browser: follow runs, watch agents, sample images
+	@$(PYTHON) scripts/bootstrap.py studio
+	$(RUN) scripts/studio.py
 
 test: setup-dev  ## the default tests
 	$(RUN) -m pytest
@@ -27,6 +31,8 @@ figures: setup  ## the benchmarks of the README (hours on 2 cores)
 	$(RUN) benchmarks/metrics.py
 	$(RUN) benchmarks/diffusion.py
 	$(RUN) benchmarks/scoreboard.py --train
+	$(RUN) benchmarks/studio.py
+	$(RUN) benchmarks/sweep.py
 
 setup:
 	@$(PYTHON) scripts/bootstrap.py

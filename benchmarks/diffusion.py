@@ -9,8 +9,8 @@ cosine after 500 warm-up steps, gradient clipping and `EMAModel` with the exampl
 settings of configs/generative/diffusion_mnist.yaml, in bf16 where the processor has it.
 
 speed: images a second, in turns of 20 steps, each followed by one of the other loop; median and range of the ratios.
-quality: the Fréchet distance of 5,000 samples from the test set, after as many steps as the plain loop takes in --minutes and ours in half of
-them, at the speeds just measured, with the same sampler (DPM-Solver++ (2M), 20 steps) for both.
+quality: the Fréchet distance of 5,000 samples from the test set, after as many steps as the plain loop takes in --minutes and ours in half
+of them, at the speeds just measured, with the same sampler (DPM-Solver++ (2M), 20 steps) for both.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ runs/<name>/<UTC time>-<6 chars>/
     environment.json   the run's id; for every start: code version, libraries, device
     metrics.jsonl      the truth about the run, a row a line; timing.jsonl: its wall-clock side
     log.txt            what was said on the way, and why a run failed
+    console.txt        all that a process printed which the studio started; output.txt: one that a sweep started
     checkpoints/  milestones/  media/  export/  wandb/
 """
 
@@ -210,7 +211,7 @@ def owned(run: Run) -> Iterator[None]:
     Raises:
         UserError: another process holds it; says which.
     """
-    lock, owner = FileLock(run.folder / LOCK, timeout=0), run.folder / OWNER
+    lock, owner = FileLock(run.folder / LOCK, timeout=1), run.folder / OWNER  # whoever asks whether it is alive lets go at once
     try:
         lock.acquire()
     except Timeout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -15,13 +14,14 @@ from typing import Any, Literal
 
 from lab import runs
 from lab.config import ConfigError, UserError, read_yaml
+from lab.curves import decoded
 from lab.runs import Owner, Run
 
 State = Literal["running", "finished", "stopped", "failed", "damaged"]
 
 QUIET = 600.0
 """Seconds after which a run of another machine that records nothing is taken for dead."""
-TAIL = 65_536
+TAIL = 32_768
 """Bytes at the end of the metrics that are read."""
 KEY_METRICS = ("eval/return", "train/return", "eval/accuracy", "eval/bits", "eval/loss", "eval/", "train/loss", "train/")
 """Beginnings of the name of the metric that tells most of a run, the best one first."""
@@ -123,12 +123,8 @@ def tail(path: Path) -> tuple[list[dict[str, Any]], float]:
             lines = file.read().split(b"\n")
     except OSError:
         return [], math.inf
-    rows = []
-    for line in lines if seen.st_size <= TAIL else lines[1:]:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            rows += [row] if isinstance(row, dict) else []
-    return rows, max(0.0, time.time() - seen.st_mtime)
+    whole = [line for line in (lines if seen.st_size <= TAIL else lines[1:]) if line]
+    return [row for row in decoded(whole) if isinstance(row, dict)], max(0.0, time.time() - seen.st_mtime)
 
 
 def _starts(run: Run) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Agents at play, to be looked at: the game, what the agent sees of it, and what it thinks each action is worth.
 
+Playing     a game, an action at a time
 moments     an endless stream of what there is to see, one moment an action
 compose     a picture of one moment
-film        pictures of whole games, written as a video
+film        pictures of whole games, written as a video (record: of any moments)
 saliency    which parts of the observation the agent's values hang on (Greydanus et al. 2018)
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,37 @@ class Moment:
     """The number of the game, from 1."""
 
 
+class Playing:
+    """A game at play, an action at a time, by whoever takes it.
+
+    Args:
+        seed: decides the games and the random actions.
+        first: the number of the first game.
+    """
+
+    def __init__(self, config: GameConfig, seed: int, first: int = 1) -> None:
+        self.world = games.make(config, 1, seeding.derive(seed, "play", 0), colour=True)
+        self.draw = seeding.generator(seed, "play/act", 0)
+        self.step, self.game = self.world.reset(), first
+
+    def look(self, agent: Agent, policy: Policy, epsilon: float) -> Moment:
+        """What there is to see now, and the action that the agent chooses; see `rl.agent.choose` for how."""
+        values = agent.values(torch.from_numpy(self.step.observations))
+        action = choose(values, policy, epsilon, self.draw)
+        step = self.step
+        told = float(step.returns[0]), int(step.lengths[0]), int(step.lives[0]), bool(step.ended[0])
+        return Moment(self.world.pictures()[0], step.observations[0], values[0].numpy(), int(action), *told, self.game)
+
+    def act(self, action: int) -> None:
+        """Take an action, the agent's or another; after the end of a game any begins the next one."""
+        self.game += int(self.step.ended[0])
+        self.step = self.world.step(np.array([action]))
+
+    def close(self) -> None:
+        """Let go of the game."""
+        self.world.close()
+
+
 def moments(
     agent: Agent, config: GameConfig, *, policy: Policy, epsilon: float, seed: int, first: int = 1
 ) -> Generator[Moment, None, None]:
@@ -73,19 +105,11 @@ def moments(
         seed: decides the games and the random actions.
         first: the number of the first game.
     """
-    world = games.make(config, 1, seeding.derive(seed, "play", 0), colour=True)
-    draw = seeding.generator(seed, "play/act", 0)
-    try:
-        step, game = world.reset(), first
+    with contextlib.closing(Playing(config, seed, first)) as playing:
         while True:
-            values = agent.values(torch.from_numpy(step.observations))
-            action = choose(values, policy, epsilon, draw)
-            told = float(step.returns[0]), int(step.lengths[0]), int(step.lives[0]), bool(step.ended[0])
-            yield Moment(world.pictures()[0], step.observations[0], values[0].numpy(), int(action), *told, game)
-            game += told[-1]
-            step = world.step(action.numpy())
-    finally:
-        world.close()
+            moment = playing.look(agent, policy, epsilon)
+            yield moment
+            playing.act(moment.action)
 
 
 @functools.lru_cache(maxsize=8)
@@ -370,14 +394,32 @@ def film(
     Raises:
         UserError: another suffix, or ffmpeg failed.
     """
+    stream = moments(agent, config, policy=policy, epsilon=epsilon, seed=seed)
+    with contextlib.closing(stream):
+        chosen = excerpt(stream, episodes, most)
+        return record(chosen, agent, config, path, speed=speed, saliency=saliency, title=title, height=height, progress=progress)
+
+
+def record(
+    stream: Iterable[Moment],
+    agent: Agent,
+    config: GameConfig,
+    path: Path,
+    *,
+    speed: float = 1.0,
+    saliency: bool = False,
+    title: str | None = None,
+    height: int = 480,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> list[Shown]:
+    """Write moments of an agent at play as a video; see `film`."""
     names, wanted = action_names(config), speed * pace(config)
     rate = min(wanted, FASTEST.get(path.suffix.lower(), wanted))
     title = game_title(config) if title is None else title
-    stream = moments(agent, config, policy=policy, epsilon=epsilon, seed=seed)
     shown: dict[int, Shown] = {}
     due = 0.0
-    with contextlib.closing(stream), Film(path, rate) as video:
-        for moment in excerpt(stream, episodes, most):
+    with Film(path, rate) as video:
+        for moment in stream:
             shown[moment.game] = Shown(moment.score, moment.step, moment.ended)
             progress(sum(game.length for game in shown.values()))
             due += rate / wanted

@@ -23,20 +23,20 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
+from generative import drawing
 from generative import model as families
-from generative.model import CodedGenerator, Generator, Loaded, SamplingConfig, spread_labels
+from generative.drawing import Editor, Trajectory, places, side_by_side, small_code, spherical, thinned, way
+from generative.model import CodedGenerator, Generator, Loaded, SamplingConfig
 from lab import media, seeding
 from lab.config import UserError
 from lab.data import Split, as_float
@@ -85,29 +85,6 @@ class Options:
     def rows(self) -> int:
         """Images, or rows of images."""
         return self.count or (64 if self.kind in ("samples", "reconstructions") else 8)
-
-
-@runtime_checkable
-class Trajectory(Protocol):
-    """A model that can show its way from noise to picture."""
-
-    def trajectory(self, noise: Tensor, labels: Tensor, how: SamplingConfig, generator: torch.Generator) -> list[Tensor]:
-        """Images (N, C, H, W) in [0, 1] of every step, noise first."""
-
-
-@runtime_checkable
-class Editor(Protocol):
-    """A model that can change images."""
-
-    def inpaint(
-        self, images: Tensor, mask: Tensor, noise: Tensor, labels: Tensor, how: SamplingConfig, generator: torch.Generator
-    ) -> Tensor:
-        """Images (N, C, H, W) in [0, 1], as they were where the mask (1, 1, H, W) is 1 and filled in where it is 0."""
-
-    def vary(
-        self, images: Tensor, strength: float, noise: Tensor, labels: Tensor, how: SamplingConfig, generator: torch.Generator
-    ) -> Tensor:
-        """Images brought back from `strength` of the way into noise."""
 
 
 def main() -> int:
@@ -160,7 +137,7 @@ def check_model(options: Options, model: Generator) -> None:
         raise UserError("this model makes images of smaller ones, not of noise: use scripts/enlarge.py")
     if options.labels and not model.conditional:
         raise UserError("this model knows no classes: leave out --labels, or train one with --model.conditional true")
-    if options.kind in ("traversal", "plane") and model.latent >= math.prod(model.shape):
+    if options.kind in ("traversal", "plane") and not small_code(model):
         raise UserError(f"--kind {options.kind}: the code is as large as the image, so that one number means little; see interpolation")
     if options.kind == "plane" and model.latent < 2:
         raise UserError("--kind plane needs a model with at least 2 code dimensions")
@@ -198,14 +175,9 @@ def draw(options: Options, loaded: Loaded, moving: bool) -> list[Tensor]:
     return [side_by_side([make(options, model, column) for column in codes.unbind(1)])]
 
 
-def side_by_side(columns: Sequence[Tensor]) -> Tensor:
-    """One picture of columns of images (rows, C, H, W)."""
-    return media.grid(torch.stack(list(columns), 1).flatten(0, 1), columns=len(columns))
-
-
 def make(options: Options, model: Generator, noise: Tensor) -> Tensor:
     """Images of noise (N, latent), image n always with the same label and, for a model whose way is random, the same way."""
-    return model.generate_all(noise, labels_for(options, model, len(noise)), options.how, way(options))
+    return model.generate_all(noise, labels_for(options, model, len(noise)), options.how, way(options.seed))
 
 
 def walk(options: Options, model: Generator) -> list[Tensor]:
@@ -219,7 +191,7 @@ def walk(options: Options, model: Generator) -> list[Tensor]:
 def between_samples(options: Options, model: Generator) -> list[Tensor]:
     """Columns from one sample of each row to another."""
     starts, ends = noise_for(options, model, 2 * options.rows).chunk(2)
-    return [make(options, model, spherical(starts, ends, place)) for place in places(options)]
+    return [make(options, model, spherical(starts, ends, place)) for place in places(options.columns)]
 
 
 def between_images(options: Options, loaded: Loaded) -> list[Tensor]:
@@ -231,31 +203,27 @@ def between_images(options: Options, loaded: Loaded) -> list[Tensor]:
     between = spherical if model.exact else torch.lerp  # only where codes are normal numbers is the middle of a straight line empty
     given = labels_for(options, model, len(starts)) if options.labels else None
     near, far = labels.chunk(2)
-    told = [given if given is not None else near if place <= 0.5 else far for place in places(options)]
-    return [model.decode(between(starts, ends, place), label) for place, label in zip(places(options), told)]
+    told = [given if given is not None else near if place <= 0.5 else far for place in places(options.columns)]
+    return [model.decode(between(starts, ends, place), label) for place, label in zip(places(options.columns), told)]
 
 
 def trajectory(options: Options, model: Trajectory, moving: bool) -> list[Tensor]:
     """The way of each row's image from noise; as a film it holds its end for a second."""
     assert isinstance(model, Generator)
     noise = noise_for(options, model, options.rows)
-    moments = model.trajectory(noise, labels_for(options, model, len(noise)), options.how, way(options))
+    moments = model.trajectory(noise, labels_for(options, model, len(noise)), options.how, way(options.seed))
     shown = thinned(moments, LONGEST_FILM if moving else options.columns)
     frames = [media.grid(images) for images in shown]
     return frames + 12 * frames[-1:] if moving else [side_by_side(shown)]
-
-
-def thinned(moments: Sequence[Tensor], most: int) -> list[Tensor]:
-    """The moments, or `most` of them, evenly spaced and always with the last."""
-    count, last = min(len(moments), most), len(moments) - 1
-    return [moments[last - round(index * last / max(1, count - 1))] for index in reversed(range(count))]
 
 
 def edited(options: Options, model: Editor, images: Tensor, labels: Tensor) -> list[Tensor]:
     """Columns: the images, what is left of them (inpainting), and what the model makes of that, each time of other noise."""
     assert isinstance(model, Generator)
     labels = labels_for(options, model, len(images)) if options.labels else labels
-    rest = [(noise_for(options, model, len(images), index), labels, options.how, way(options, index)) for index in range(options.columns)]
+    rest = [
+        (noise_for(options, model, len(images), index), labels, options.how, way(options.seed, index)) for index in range(options.columns)
+    ]
     if options.kind == "variations":
         return [images, *(model.vary(images, options.strength, *each) for each in rest)]
     mask = kept(options.mask, *model.shape[1:]).to(images.device)
@@ -267,17 +235,7 @@ def edited(options: Options, model: Editor, images: Tensor, labels: Tensor) -> l
 
 def noise_for(options: Options, model: Generator, rows: int, index: int = 0) -> Tensor:
     """Standard normal noise (rows, latent), for each index another."""
-    return torch.randn(rows, model.latent, generator=seeding.generator(options.seed, "sample", index)).to(options.device)
-
-
-def way(options: Options, index: int = 0) -> torch.Generator:
-    """What else is drawn on the way: the same for columns between which only the noise is to change."""
-    return seeding.generator(options.seed, "way", index)
-
-
-def places(options: Options) -> list[float]:
-    """The place of each column between the two ends, from 0 to 1."""
-    return [index / max(1, options.columns - 1) for index in range(options.columns)]
+    return drawing.noise_for(model, options.seed, rows, index).to(options.device)
 
 
 def test_images(options: Options, loaded: Loaded) -> tuple[Tensor, Tensor]:
@@ -298,24 +256,7 @@ def test_images(options: Options, loaded: Loaded) -> tuple[Tensor, Tensor]:
 
 def labels_for(options: Options, model: Generator, count: int) -> Tensor:
     """A label for each of `count` images."""
-    if not options.labels:
-        return spread_labels(count, model.classes).to(options.device)
-    chosen = [label for part in options.labels.split(",") for label in read_range(part.strip(), model.classes)]
-    return torch.tensor(chosen)[torch.arange(count) % len(chosen)].to(options.device)
-
-
-def read_range(text: str, classes: tuple[str, ...]) -> list[int]:
-    """The class indices that `3`, `0-4` or `A-F` names.
-
-    Raises:
-        UserError: no such class.
-    """
-    first, dash, last = (text, "", text) if text in classes else text.partition("-")
-    try:
-        start, stop = classes.index(first.strip()), classes.index(last.strip() if dash else first.strip())
-    except ValueError:
-        raise UserError(f"--labels {text}: the classes are {', '.join(classes)}") from None
-    return list(range(start, stop + 1)) or list(range(start, stop - 1, -1))
+    return drawing.labels_for(options.labels, model.classes, count).to(options.device)
 
 
 def kept(mask: str, height: int, width: int) -> Tensor:
@@ -324,13 +265,9 @@ def kept(mask: str, height: int, width: int) -> Tensor:
     Raises:
         UserError: no such side, and no such picture.
     """
-    down, across = slice(height // 4, height - height // 4), slice(width // 4, width - width // 4)
-    whole, (top, bottom), (left, right) = slice(None), halves(height), halves(width)
-    holes = {"left": (whole, left), "right": (whole, right), "top": (top, whole), "bottom": (bottom, whole), "centre": (down, across)}
-    stays = torch.ones(1, 1, height, width)
+    holes = drawing.holes(height, width)
     if mask in holes:
-        stays[0, 0][holes[mask]] = 0
-        return stays
+        return drawing.without(holes[mask], height, width)
     try:
         with Image.open(mask) as picture:
             white = picture.convert("L").resize((width, height), Image.Resampling.BOX)
@@ -340,23 +277,9 @@ def kept(mask: str, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(white) < 128).float()[None, None]
 
 
-def halves(size: int) -> tuple[slice, slice]:
-    """The first and the second half of `size` rows or columns."""
-    return slice(size // 2), slice(size // 2, None)
-
-
-def spherical(starts: Tensor, ends: Tensor, place: float) -> Tensor:
-    """A place between two points (N, latent) on an arc: straight lines would cut through the empty middle of the prior."""
-    angle = torch.acos(F.cosine_similarity(starts, ends, dim=1).clamp(-0.9999, 0.9999))[:, None]
-    return (torch.sin((1 - place) * angle) * starts + torch.sin(place * angle) * ends) / torch.sin(angle)
-
-
 def sensitive(options: Options, model: Generator) -> list[int]:
     """Code dimensions, the one that changes the picture most first."""
-    steps = 2 * torch.eye(model.latent, device=options.device)
-    labels = torch.zeros(model.latent, dtype=torch.long, device=options.device)
-    high, low = (model.generate_all(side * steps, labels, options.how, way(options)) for side in (1, -1))
-    return [int(index) for index in (high - low).abs().flatten(1).sum(1).argsort(descending=True)]
+    return drawing.sensitive(model, options.how, options.seed, options.device)
 
 
 def traversal(options: Options, model: Generator) -> Tensor:
@@ -369,12 +292,8 @@ def traversal(options: Options, model: Generator) -> Tensor:
 
 
 def plane(options: Options, model: Generator) -> Tensor:
-    """Noise (columns, columns, latent) at even quantiles of the two most telling dimensions (Kingma & Welling 2014, figure 4)."""
-    across, down = sensitive(options, model)[:2]
-    quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, options.columns, dtype=torch.float64)).float()
-    rows = torch.zeros(options.columns, options.columns, model.latent, device=options.device)
-    rows[:, :, across], rows[:, :, down] = quantiles[None, :], quantiles[:, None]
-    return rows
+    """Noise (columns, columns, latent) over the two most telling dimensions."""
+    return drawing.plane(model.latent, *sensitive(options, model)[:2], options.columns).to(options.device)
 
 
 if __name__ == "__main__":

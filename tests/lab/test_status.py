@@ -136,7 +136,7 @@ def test_the_tail_of_a_long_file_is_its_last_whole_rows(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 20')
     read, age = tail(path)
     assert read == rows[-len(read) :]
-    assert TAIL / 2 < len("".join(json.dumps(row) for row in read)) <= TAIL
+    assert TAIL / 2 < len("".join(json.dumps(row) for row in rows[-len(read) :])) <= TAIL
     assert age < 60
 
 
