@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -34,3 +36,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """Debian's chromium, driven by Playwright; a file at a time, since its loop would be in the way of others' loops.
+
+    Where there is none, tests that need it are skipped and say so, unless LAB_BROWSER=required asks for them, as CI does.
+    """
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    if path is None and os.environ.get("LAB_BROWSER") == "required":
+        pytest.fail("no chromium here, and LAB_BROWSER=required: apt-get install chromium")
+    if path is None:
+        pytest.skip("no chromium here: nothing is tried in a browser (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

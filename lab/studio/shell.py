@@ -120,7 +120,8 @@ class Studio:
             raise UserError(f"--host {host} lets other machines in: give a secret of 8 or more characters by --token as well")
         check_port(host, port)
         app.add_middleware(Guard, hosts=LOOPBACK if is_loopback(host) else (), token=token)
-        address = f"http://{'localhost' if is_loopback(host) else host}:{port}/{f'?token={quote(token)}' if token else ''}"
+        name = "localhost" if is_loopback(host) else socket.gethostname() if host in ("0.0.0.0", "::") else host
+        address = f"http://{name}:{port}/{f'?token={quote(token)}' if token else ''}"
         app.on_startup(lambda: print(f"studio: {address}", flush=True))  # noqa: T201
         ui.run(
             host=host,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from generative import easel
+from generative import easel, panes, studio
 from generative.easel import Drawing, Dropped, Easel, Wish
 from generative.metrics import find_features
 from generative.model import FAMILIES, SamplingConfig
@@ -55,7 +55,6 @@ def opened(root: Path, family: str) -> Easel:
 
 
 def test_the_studio_knows_every_family_and_classifiers() -> None:
-    studio = pytest.importorskip("generative.studio", exc_type=ImportError)
     assert set(studio.TAB.experiments) == {*FAMILIES, "classifier"}
 
 
@@ -207,7 +206,7 @@ def test_what_is_filled_in_and_what_stays(root: Path) -> None:
     left = easel.stays(drawing, "left")
     assert left[:, :4].sum() == 0
     assert left[:, 4:].all()
-    for what in pytest.importorskip("generative.panes", exc_type=ImportError).HOLES:
+    for what in panes.HOLES:
         kept = easel.stays(drawing, what)
         made = opened(root, "diffusion").filled(image, kept, 3, Wish())
         torch.testing.assert_close(made * kept, image.expand(4, -1, -1, -1) * kept, rtol=0, atol=1e-5)

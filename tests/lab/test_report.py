@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -368,19 +367,6 @@ def test_parameters_of_a_run_without_a_whole_checkpoint_are_none(tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's chromium."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: reports are not tried in a browser")
-    path = shutil.which("chromium")
-    if not path:
-        pytest.skip("no chromium here: reports are not tried in a browser")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of two seeds, one of them with a film, and of a damaged run with a hostile name."""
     place = tmp_path_factory.mktemp("reports")
@@ -398,9 +384,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_all_of_it_and_asks_for_nothing(browser: Any, written: Path, width: int, scheme: str) -> None:
+def test_a_browser_shows_all_of_it_and_asks_for_nothing(chromium: Any, written: Path, width: int, scheme: str) -> None:
     asked, said = [], []
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -417,8 +403,8 @@ def test_a_browser_shows_all_of_it_and_asks_for_nothing(browser: Any, written: P
     page.close()
 
 
-def test_pointing_at_a_curve_tells_its_values(browser: Any, written: Path) -> None:
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+def test_pointing_at_a_curve_tells_its_values(chromium: Any, written: Path) -> None:
+    page = chromium.new_page(viewport={"width": 1280, "height": 900})
     page.goto(written.as_uri())
     panel = page.locator(".panel", has_text="kl")
     told = panel.locator(".told text")
@@ -449,11 +435,11 @@ def server() -> Iterator[tuple[str, list[str]]]:
         listening.shutdown()
 
 
-def test_the_page_forbids_itself_the_network(browser: Any, written: Path, server: tuple[str, list[str]], tmp_path: Path) -> None:
+def test_the_page_forbids_itself_the_network(chromium: Any, written: Path, server: tuple[str, list[str]], tmp_path: Path) -> None:
     """Even if something got in that asks for more, nothing leaves."""
     address, asked = server
     (tmp_path / "plain.html").write_text("<!doctype html><body>")
-    page = browser.new_page()
+    page = chromium.new_page()
     for place, expected in ((tmp_path / "plain.html", ["/x.png"]), (written, [])):
         page.goto(place.as_uri())
         page.evaluate(
@@ -465,8 +451,8 @@ def test_the_page_forbids_itself_the_network(browser: Any, written: Path, server
     page.close()
 
 
-def test_a_report_prints_whole_curves(browser: Any, written: Path) -> None:
-    page = browser.new_page(color_scheme="dark")
+def test_a_report_prints_whole_curves(chromium: Any, written: Path) -> None:
+    page = chromium.new_page(color_scheme="dark")
     page.goto(written.as_uri())
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

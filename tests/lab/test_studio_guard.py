@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("nicegui", reason="the studio is not tested without NiceGUI")
-
 from ..ui.conftest import ROOT, SCRIPT, Served, environment, free_port, reachable, serve, wait_until
 
 TOKEN = "correct horse"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -105,7 +104,6 @@ def serve(root: Path, *words: str) -> Served:
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A studio over an empty folder of runs, `studio.root`, which the tests of a file fill as `studio.root / NAME / STAMP`."""
-    pytest.importorskip("nicegui", reason="the studio's pages are not tested without NiceGUI")
     root = tmp_path_factory.mktemp("studio") / "runs"
     root.mkdir()
     served = serve(root)
@@ -116,21 +114,6 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 # The browser
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """Debian's chromium, driven by Playwright; a file at a time, since its loop would be in the way of others' loops."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright here: the studio's pages are not tested in a browser")
-    path = shutil.which("chromium")
-    if path is None and os.environ.get("LAB_BROWSER") == "required":
-        pytest.fail("no chromium here, and LAB_BROWSER=required: apt-get install chromium")
-    if path is None:
-        pytest.skip("no chromium here: the studio's pages are not tested in a browser (apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @dataclass
