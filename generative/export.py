@@ -11,7 +11,6 @@ that of the time, which ends in a linear layer, so adding it to this layer's bia
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +22,8 @@ from generative.model import FAMILIES
 from generative.processes import TIMES, DDPMConfig, linear_betas
 from lab.config import UserError
 from lab.images import Trained, load_trained
+from lab.report import beyond
+from lab.runs import facts
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -227,10 +228,9 @@ def settings(loaded: Trained[Diffusion]) -> Mapping[str, Any]:
 
 def scores(loaded: Trained[Diffusion]) -> str:
     """The run's last evaluation as a section, if it was of this checkpoint; empty where there is none."""
-    path = loaded.run.folder / "evaluation.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = facts(loaded.run.folder / "evaluation.json") or {}
     if found.get("step") != loaded.step:
         return ""
-    rows = {name: value for name, value in found.items() if isinstance(value, int | float) and name != "step"}
+    rows = {name: value for name, value in found.items() if isinstance(value, int | float) and name != "step" and not beyond(value)}
     lines = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in rows.items()]
     return "\n".join(["\n## Scores\n", "| | |\n|---|---|", *lines, f"\n{found.get('protocol', '')}."])

@@ -136,6 +136,8 @@ def save(root: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[st
     """
     final, temporary = root / f"step_{step:09d}", root / f".step_{step:09d}.{os.getpid()}"
     root.mkdir(parents=True, exist_ok=True)
+    if not folders(root):
+        _flush(root.parent)  # or the first checkpoint could go with its whole folder when the power is cut
     for leftover in root.glob(".step_*"):  # of a process that was killed inside a save
         shutil.rmtree(leftover)
     try:
@@ -279,10 +281,14 @@ def _place(folder: Path, segment: Segment) -> Path:
 
 
 def _read_part(folder: Path, name: str) -> Any:
-    tree = json.loads((folder / f"{name}.json").read_text())
-    # Cloned: a tensor must not stay mapped to a file that a later save may delete.
-    tensors = {key: tensor.clone() for key, tensor in load_file(folder / f"{name}.safetensors").items()}
-    return unpack(tree, tensors)
+    try:
+        tree = json.loads((folder / f"{name}.json").read_text())
+        # Cloned: a tensor must not stay mapped to a file that a later save may delete.
+        tensors = {key: tensor.clone() for key, tensor in load_file(folder / f"{name}.safetensors").items()}
+        return unpack(tree, tensors)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
+        # Its SHA-256 is right: whoever made the checkpoint wrote something else than `save` does.
+        raise DamagedCheckpoint(f"{folder / name}.json or .safetensors is no part of a checkpoint ({type(error).__name__})") from None
 
 
 def verify(folder: Path, segments: bool = True) -> dict[str, Any]:
@@ -313,7 +319,7 @@ def damage(folder: Path) -> str:
 
 def _check(path: Path, digest: str) -> None:
     try:
-        found = _digest(path)
+        found = _digest(path) if path.is_file() or not path.exists() else ""  # a pipe or a device would never end
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
     if found != digest:
@@ -325,11 +331,26 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         manifest, digest = content["manifest"], content["sha256"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({type(error).__name__})") from None
     if _digest_json(manifest) != digest:
         raise DamagedCheckpoint(f"{path} is not what was saved (its own SHA-256 differs)")
-    return {"segments": {}, **manifest}  # which runs from before version 0.2 have none of
+    manifest = {"segments": {}, **manifest}  # which runs from before version 0.2 have none of
+    if not _well_formed(manifest):
+        raise DamagedCheckpoint(f"{path} is no manifest of a checkpoint")
+    return manifest
+
+
+def _well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest says what `save` writes: anybody can make one whose own SHA-256 is right."""
+    try:
+        digests, segments = manifest["sha256"], [Segment(**entry) for part in manifest["segments"].values() for entry in part]
+        numbers = [manifest["step"], *(number for segment in segments for number in (segment.first, segment.last))]
+        files = [*digests, *(segment.file for segment in segments)]
+        sound = isinstance(manifest["notes"], dict) and all(isinstance(number, int) for number in numbers)
+        return sound and all(name == Path(name).name and Path(name).suffix in (".json", ".safetensors") for name in files)
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def load_newest(root: Path, only: Collection[str] = ()) -> Checkpoint | None:
@@ -374,7 +395,7 @@ def restore(
                 _restore_optimizer(part, states[name])
             else:
                 part.load_state_dict(states[name])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
             raise ValueError(f"'{name}' does not fit the checkpoint; its settings were other ones ({error})") from None
 
 

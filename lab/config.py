@@ -82,6 +82,9 @@ class Settings:
 
 S = TypeVar("S", bound=Settings)
 
+LONGEST_FILE = 1 << 20
+"""Bytes of a settings file at most."""
+
 
 # Reading one value by its annotation
 
@@ -256,9 +259,34 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Given
     return below | given, named
 
 
+class Plain(yaml.SafeLoader):
+    """YAML in which an alias stands for a single value: a few lines of sections made of aliases could mean billions of settings."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node; one that an alias repeats must be a single value."""
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if alias and isinstance(node, yaml.CollectionNode):
+            raise yaml.composer.ComposerError(None, None, "an alias repeats this section or list; write it out", node.start_mark)
+        return node
+
+
+def yaml_text(path: Path) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        OSError, UnicodeDecodeError, yaml.YAMLError: it cannot be read, is no text, is longer than any such file.
+    """
+    with path.open("rb") as file:
+        content = file.read(LONGEST_FILE + 1)
+    if len(content) > LONGEST_FILE:
+        raise yaml.YAMLError(f"longer than {LONGEST_FILE:,} bytes")
+    return content.decode()
+
+
 def _compose(path: Path) -> yaml.Node | None:
     try:
-        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        return yaml.compose(yaml_text(path), Loader=Plain)
     except OSError as error:
         presets = ", ".join(str(file) for file in sorted(Path("configs").glob("*/*.yaml"))) or "none below configs/"
         raise ConfigError([f"{path}: cannot read this file ({error.strerror}); the presets at hand are: {presets}"]) from None

@@ -164,7 +164,7 @@ class Tail:
         for entry in entries:
             known = entry if isinstance(entry, dict) else {}
             step, time, speed = (known.get(key) for key in (STEP, TIME, "steps_per_second"))
-            if isinstance(step, float) and isinstance(time, float) and isinstance(speed, float):
+            if isinstance(step, float) and isinstance(time, float) and isinstance(speed, float) and math.isfinite(step + time + speed):
                 self._clock[step] = time, speed
 
     @property

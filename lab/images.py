@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lab import data, loading, runs, seeding
 from lab.checkpoint import Checkpoint, Stateful
+from lab.config import UserError
 from lab.data import DataConfig, ImageSet, as_float
 from lab.data.augment import augment
 from lab.experiment import Every, Experiment
@@ -116,11 +117,18 @@ def load_trained(name: str, families: Mapping[str, str], device: str | torch.dev
     found = runs.find(name, families)
     experiment = loading.settings_of(found.run, families)
     saved = loading.saved(found, ("model", "ema"))
-    facts = saved.notes["facts"]
-    model = experiment.rebuild(facts)
-    model.load_state_dict(trained_weights(saved))
+    try:
+        facts = saved.notes["facts"]
+        model = experiment.rebuild(facts)
+        model.load_state_dict(trained_weights(saved))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # somebody has changed one of them
+        raise UserError(f"{found.run.folder}: its checkpoint and its config.yaml do not belong together ({_first(error)})") from None
     model.to(device=device, memory_format=torch.channels_last)  # where convolutions are faster, on a GPU and on a CPU in fp32
     return Trained(model.eval().requires_grad_(False), experiment, found.run, saved.step, facts)
+
+
+def _first(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def trained_weights(saved: Checkpoint) -> dict[str, Tensor]:

@@ -108,6 +108,7 @@ def _resumed(name: str, experiment: str) -> Run:
     found = runs.find(name, [experiment])
     if found.checkpoint:
         raise UserError(f"--resume {name}: a run goes on from its newest checkpoint; give the run, --resume {found.run.folder}")
+    runs.history(found.run)  # if that is damaged, it is said before anything is changed
     return found.run
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +25,25 @@ BT709 = "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p,setparams=colo
 """Colours in the one layout that every browser plays, with tags that leave players nothing to guess."""
 H264 = f"-vf {BT709} -c:v libx264 -crf 18 -movflags +faststart"
 """Hardly to be told from the original; a player can begin before it has the whole file."""
+MOST_PIXELS = 50_000_000
+"""Pixels of a picture that is read, but for JPEGs, which can be read at less than their size; a file of some KB may claim any number."""
 LOSSLESS = "-c:v libx264rgb -qp 0 -preset ultrafast"
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Anybody's picture, to be read in a `with` block.
+
+    Raises:
+        ValueError: it cannot be read, in the block too, or has more pixels than `MOST_PIXELS`.
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.format != "JPEG" and picture.width * picture.height > MOST_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
+            yield picture
+    except (OSError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:  # as each format has it
+        raise ValueError(str(error)) from None
 
 
 def to_uint8(images: Tensor) -> Tensor:

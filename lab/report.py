@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lab import checkpoint, curves
 from lab.config import UserError
 from lab.curves import Series, Tail
+from lab.media import opened
 from lab.panels import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, Panel, number
-from lab.runs import Run
+from lab.runs import Run, facts
 from lab.status import Status, status
 
 MARK = '<meta name="generator" content="dreamplay report">'
@@ -94,16 +94,10 @@ class Told:
 
     def _json(self, path: Path) -> dict[str, Any]:
         """What a file of facts holds; nothing where there is no such file or it is damaged."""
-        try:
-            facts = json.loads(path.read_bytes())
-            if isinstance(facts, dict):
-                return facts
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError):
-            pass
-        self.problems.append(f"{path.name} is damaged and left out.")
-        return {}
+        known = facts(path)
+        if known is None:
+            self.problems.append(f"{path.name} is damaged and left out.")
+        return known or {}
 
     def _check(self) -> None:
         """Say what is wrong with the run and its metrics."""
@@ -207,9 +201,9 @@ def caption(name: str, step: int) -> str:
 def is_picture(path: Path) -> bool:
     """Whether a picture can be read to its end."""
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except ValueError:
         return False
     return True
 
@@ -358,7 +352,13 @@ def ranged(values: Sequence[Any]) -> str:
 
 def scores(told: Told) -> dict[str, Any]:
     """What `evaluation.json` says in single numbers, by names that people read."""
-    return {key.replace("_", " "): value for key, value in told.judged.items() if isinstance(value, int | float)}
+    fit = {key: value for key, value in told.judged.items() if isinstance(value, int | float) and not beyond(value)}
+    return {key.replace("_", " "): value for key, value in fit.items()}
+
+
+def beyond(value: float) -> bool:
+    """Whether a whole number, which JSON may write with any number of digits, is larger than any float."""
+    return isinstance(value, int) and abs(value) > sys.float_info.max
 
 
 def newest(told: Told) -> dict[str, Any]:
@@ -498,7 +498,7 @@ def write(page: str, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # half a character, which JSON can hold
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):

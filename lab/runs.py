@@ -33,6 +33,8 @@ from filelock import FileLock, Timeout
 from lab.config import UserError
 
 RUNS = Path("runs")
+MOST_FACTS = 1 << 24
+"""Bytes that are read of a file of facts; such files have some thousands."""
 
 
 @dataclass(frozen=True)
@@ -85,31 +87,84 @@ class Run:
     def experiment(self) -> str:
         """The kind of experiment, from the first line of the config; empty where there is none."""
         with contextlib.suppress(OSError, UnicodeDecodeError), self.config.open(encoding="utf-8") as file:
-            return file.readline().removeprefix("experiment:").strip()
+            return file.readline(200).removeprefix("experiment:").strip()
         return ""
 
     @property
     def started(self) -> str:
         """When the run was last started or resumed, UTC, as ISO text that sorts; empty if that is not known."""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            return str(json.loads(self.environment.read_text())["starts"][-1]["time"])
+        with contextlib.suppress(LookupError, TypeError):
+            return str((facts(self.environment) or {})["starts"][-1]["time"])
         return ""
 
     @property
     def identity(self) -> str:
         """The run's own name in the world, also W&B's id of it; empty before the first start."""
-        return str(json.loads(self.environment.read_text())["id"]) if self.environment.exists() else ""
+        return str(history(self).get("id", ""))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The recorded rows; a last line that a kill cut short is left out."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_bytes().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+        """The recorded rows; a last line that a kill cut short is left out.
+
+        Raises:
+            UserError: another line is no row.
+        """
+        return list(recorded(self.metrics))
 
     def last_values(self) -> dict[str, Any]:
         """The newest value of every metric."""
         return {key: value for row in self.rows() for key, value in row.items()}
+
+
+# Reading
+
+
+def recorded(log: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, none where there is no such file, without a last line that a kill cut short.
+
+    Raises:
+        UserError: another line is no row.
+    """
+    if not log.exists():
+        return
+    with log.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n"):
+                yield _row(line, f"{log}:{number}")
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {line[:60].decode(errors='replace')!r}")
+    return row
+
+
+def facts(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file such as `environment.json`; {} where there is no file, None where it is damaged."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_FACTS + 1)
+        found = json.loads(content) if len(content) <= MOST_FACTS else None
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def history(run: Run) -> dict[str, Any]:
+    """What `environment.json` holds: the id of a run and its starts; {} before the first one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    known = facts(run.environment)
+    if known is None or not isinstance(known.get("starts", []), list):
+        raise UserError(f"{run.environment} is damaged; put it back, or delete it: the run then gets a new id, and W&B another run")
+    return known
 
 
 # Making
@@ -148,15 +203,15 @@ def note_start(run: Run, facts: dict[str, Any]) -> None:
     """Add this start of the run to `command.txt` and `environment.json`, with an id for a run that has none."""
     with (run.folder / "command.txt").open("a", encoding="utf-8") as file:
         file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
-    known = json.loads(run.environment.read_text()) if run.environment.exists() else {}
+    known = history(run)
     identity = str(known.get("id") or secrets.token_hex(8))
-    _write_environment(run, {"id": identity, "starts": [*known.get("starts", []), {"time": _now(), **_versions(), **facts}]})
+    _write_environment(run, {"id": identity, "starts": [*known.get("starts", []), {"time": _now(), **versions(), **facts}]})
 
 
 def note_end(run: Run, error: BaseException | None) -> None:
     """Add to the newest start when it ended, and by which error, if by one; a kill leaves no such note."""
-    with contextlib.suppress(OSError):  # a full disk is no reason to fail at the very end
-        known = json.loads(run.environment.read_text())
+    with contextlib.suppress(OSError, UserError, LookupError, TypeError):  # no reason to fail at the very end
+        known = history(run)
         known["starts"][-1] |= {"ended": _now(), "error": error and (str(error) or type(error).__name__)}
         _write_environment(run, known)
 
@@ -171,7 +226,8 @@ def _write_environment(run: Run, content: dict[str, Any]) -> None:
     os.replace(temporary, run.environment)
 
 
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
+    """Which code, and which Python on which system, this is."""
     return {
         "dreamplay": version("dreamplay"),
         "git": _git("rev-parse", "HEAD"),
@@ -227,9 +283,9 @@ def owned(run: Run) -> Iterator[None]:
 def owner_of(run: Run) -> Owner | None:
     """Who holds the run, or held it until a kill; None if nobody does. `alive` tells one from the other."""
     try:
-        owner = json.loads((run.folder / OWNER).read_text())
+        owner = facts(run.folder / OWNER) or {}
         return Owner(int(owner["pid"]), str(owner["host"]), str(owner["since"]))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, OverflowError):
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -128,11 +127,8 @@ def tail(path: Path) -> tuple[list[dict[str, Any]], float]:
 
 
 def _starts(run: Run) -> list[dict[str, Any]]:
-    try:
-        starts = json.loads(run.environment.read_text())["starts"]
-        return [start for start in starts if isinstance(start, dict)]
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
+    starts = (runs.facts(run.environment) or {}).get("starts")
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
 def _duration(start: dict[str, Any], age: float, running: bool) -> float:
@@ -141,7 +137,7 @@ def _duration(start: dict[str, Any], age: float, running: bool) -> float:
         began = datetime.fromisoformat(start["time"]).timestamp()
         ended = time.time() if running else datetime.fromisoformat(start["ended"]).timestamp() if "ended" in start else time.time() - age
         return max(0.0, ended - began)
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         return 0.0
 
 

@@ -29,7 +29,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from lab import runs, seeding
-from lab.config import ConfigError, UserError
+from lab.config import ConfigError, Plain, UserError, yaml_text
 from lab.runs import Run
 from lab.trainer import DONE, STOPPED
 
@@ -45,6 +45,8 @@ DISTRIBUTIONS = ("constant", "categorical", *RANGES)
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
 METHODS = ("grid", "random", "bayes")
 
+LARGEST_GRID = 100_000
+"""Trials of a grid at most."""
 POLL = 0.25
 """Seconds between looks at what a trial has recorded."""
 ATTEMPTS = 3
@@ -93,6 +95,11 @@ class Parameter:
     def ends(self) -> tuple[Any, ...]:
         """All choices, or the least and the greatest number: if these are fit, all are."""
         return self.choices or ((int(self.low), int(self.high)) if self.whole else (self.low, self.high))
+
+    @property
+    def count(self) -> int:
+        """How many values there are; 0 where there is no end of them."""
+        return len(self.choices) or ((int(self.high) - int(self.low)) // int(self.step or 1) + 1 if self.whole else 0)
 
     @property
     def all(self) -> tuple[Any, ...] | None:
@@ -150,11 +157,11 @@ def read(path: Path) -> Sweep:
         ConfigError: everything that W&B's schema or this reader of it does not allow.
     """
     try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        written = _built(yaml_text(path))
     except OSError as error:
         at_hand = ", ".join(str(file) for file in sorted(Path("configs/sweeps").glob("*.yaml"))) or "none below configs/sweeps/"
         raise UserError(f"{path}: cannot read this file ({error.strerror}); the sweeps at hand are: {at_hand}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(written, dict):
         raise UserError(f"{path}: expected 'key: value' lines in W&B's sweep schema")
@@ -163,6 +170,23 @@ def read(path: Path) -> Sweep:
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     return sweep
+
+
+def _built(text: str) -> Any:
+    """What a YAML text means, made of texts, numbers, dates, lists and maps alone.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or asks for something else.
+    """
+    loader = Plain(text)
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # what its constructors of numbers and dates say to a text that is none
+        raise yaml.YAMLError(f"a value is not what its tag says, or nested too deeply ({type(error).__name__})") from None
+    finally:
+        loader.dispose()
 
 
 def _sweep(path: Path, written: Mapping[str, Any], problems: list[str]) -> Sweep:
@@ -180,7 +204,10 @@ def _sweep(path: Path, written: Mapping[str, Any], problems: list[str]) -> Sweep
     }
     problems += [problem for problem, fine in checks.items() if not fine]
     if method == "grid":
-        problems += [f"parameters: '{p.key}': a grid needs values, or min and max that are whole numbers" for p in parameters if not p.all]
+        endless = [parameter.key for parameter in parameters if not parameter.count]
+        problems += [f"parameters: '{key}': a grid needs values, or min and max that are whole numbers" for key in endless]
+        if math.prod(parameter.count for parameter in parameters) > LARGEST_GRID:
+            problems.append(f"parameters: a grid of more than {LARGEST_GRID:,} trials; give fewer values, or use method random")
     command, name = _command(written.get("command", list(MACROS)), problems), str(written.get("name", path.stem))
     hyperband = _hyperband(_section(written, "early_terminate", problems), problems) if "early_terminate" in written else None
     return Sweep(path, name, program, command, method or "random", metric.get("name", ""), goal, tuple(parameters), hyperband, cap)
@@ -224,8 +251,8 @@ def _hyperband(written: Mapping[str, Any], problems: list[str]) -> tuple[int, in
         problems.append(f"early_terminate.{wrong[0]}: expected a whole number >= 1, found {numbers[wrong[0]]!r}")
         return 1, 3
     eta = numbers.get("eta", 3)
-    if eta < 2 or not ({"min_iter"} <= numbers.keys() or {"max_iter", "s"} <= numbers.keys()):
-        problems.append("early_terminate: give min_iter, or max_iter with s, in values of the metric; eta is at least 2")
+    if eta < 2 or numbers.get("s", 0) > 60 or not ({"min_iter"} <= numbers.keys() or {"max_iter", "s"} <= numbers.keys()):
+        problems.append("early_terminate: give min_iter, or max_iter with s, in values of the metric; eta is at least 2, s at most 60")
         return 1, 3
     return numbers.get("min_iter") or max(1, numbers["max_iter"] // eta ** numbers["s"]), eta
 
@@ -277,7 +304,7 @@ def _range(key: str, written: Mapping[str, Any], low: float, high: float, q: flo
 
 
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
 
 
 # The study

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from lab.config import Positive, Settings, UserError
+from lab.runs import recorded
 
 if TYPE_CHECKING:
     import wandb
@@ -354,30 +355,10 @@ def _define_axes(run: wandb.Run, axes: Mapping[str, str]) -> None:
         run.define_metric(glob, step_metric=axis, step_sync=False)
 
 
-def _rows(log: Path) -> Iterator[dict[str, Any]]:
-    """The rows of `metrics.jsonl`, without a last line that a kill cut short."""
-    if not log.exists():
-        return
-    with log.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.endswith("\n"):
-                yield _parsed(line, f"{log}:{number}")
-
-
-def _parsed(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {line[:60]!r}")
-    return row
-
-
 def _send_rows(run: wandb.Run, folder: Path) -> int:
     """Send what W&B lacks of the log; returns how many rows the log has."""
     count, speeds = 0, _speeds(folder / "timing.jsonl")
-    for row in _rows(folder / "metrics.jsonl"):
+    for row in recorded(folder / "metrics.jsonl"):
         speed = speeds.get(row["step"]) if "step" in row else None
         _send(run, folder, count, row if speed is None else {**row, SPEED: speed})
         count += 1
@@ -388,7 +369,7 @@ def _speeds(log: Path) -> dict[int, float]:
     """Steps per second before each step; of a damaged line nothing, since it is no part of what the run found out."""
     speeds = {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             entry = json.loads(line)
             speeds[entry["step"]] = entry["steps_per_second"]
     return speeds

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lab import checkpoint, media, optimizer, seeding
-from lab.checkpoint import Stateful
+from lab.checkpoint import Checkpoint, Stateful
 from lab.config import UserError
 from lab.distributed import World, native_bf16
 from lab.experiment import Every, Experiment
@@ -110,13 +110,21 @@ class Trainer:
         if found is None:
             return 0
         try:
-            checkpoint.restore(self._parts(), found.parts, found.segments)
+            self.put_back(found)
         except ValueError as error:
             raise UserError(f"cannot resume: {error}") from None
         if run:
             checkpoint.drop_after(run.checkpoints, self.step)
             checkpoint.drop_after(run.milestones, self.step)
         return int(found.notes["metrics_bytes"])
+
+    def put_back(self, found: Checkpoint) -> None:
+        """Be where a checkpoint was saved.
+
+        Raises:
+            ValueError: it does not fit the settings.
+        """
+        checkpoint.restore(self._parts(), found.parts, found.segments)
 
     def fit(self, run: Run | None = None, recorder: Recorder | None = None) -> int:
         """Train to the last step, or until a signal asks to stop; returns the exit status of the process.
@@ -133,25 +141,34 @@ class Trainer:
             while self.step < self.config.steps:
                 self._one_step(hooks, recorder)
                 stopping = self.world.any(requested.is_set())
+                if run and self._passed_milestone():  # before the checkpoint: a kill between the two must not lose it
+                    self._save_milestone(run)
                 if run and recorder and (stopping or self._due(self.config.save_every)):
                     self._save(run, recorder, needed=stopping or self.step == self.config.steps)
-                if run and self._passed_milestone():
-                    self._save_milestone(run)
                 if stopping:
                     return STOPPED
         return DONE
 
-    def _one_step(self, hooks: Sequence[Every], recorder: Recorder | None) -> None:
+    def advance(self) -> tuple[Metrics, dict[str, float]]:
+        """Do one step, recording nothing; returns its own metrics and, where a row is due, their means since the last row.
+
+        Raises:
+            TrainingStopped: too many updates in a row were not finite.
+        """
         seed = seeding.derive(self.config.seed, f"global/{self.world.rank}", self.step)
         torch.default_generator.manual_seed(seed)  # dropout, and whatever else draws by itself
         if self.world.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        self.window.add(self.task.step(self))
+        metrics = self.task.step(self)
+        self.window.add(metrics)
         self.step += 1
-        row: dict[str, float | int | str] = {}
-        if self._due(self.config.log_every):
-            row |= {f"train/{name}": value for name, value in self.window.means(self.world).items()}
-            row |= {"train/skipped": self.skipped} if self.skipped else {}
+        if not self._due(self.config.log_every):
+            return metrics, {}
+        means = {f"train/{name}": value for name, value in self.window.means(self.world).items()}
+        return metrics, means | ({"train/skipped": self.skipped} if self.skipped else {})
+
+    def _one_step(self, hooks: Sequence[Every], recorder: Recorder | None) -> None:
+        row: dict[str, float | int | str] = dict(self.advance()[1])
         for hook in hooks:
             if hook.due(self.step, self.config.steps):
                 row |= hook.do()
@@ -301,11 +318,13 @@ class Trainer:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.world.main:
-            log.warning("step %d: the gradient is not finite; this update is skipped", self.step)
+            log.warning("step %d: the gradient is not finite; this update is skipped", self.step + 1)
         if self.skipped_in_a_row >= self.config.max_skipped:
+            run = self.media.parent if self.media else "RUN"
             raise TrainingStopped(
                 f"stopped at step {self.step}: {self.skipped_in_a_row} updates in a row had gradients that are not finite; try a smaller "
-                f"--optimizer.lr, --optimizer.clip-norm 1 or --trainer.precision fp32, and --resume from the last checkpoint"
+                f"--optimizer.lr, --optimizer.clip-norm 1 or --trainer.precision fp32, and --resume from the last checkpoint; "
+                f"see it happen again: python scripts/replay_step.py {run} --step {self.step + 1}"
             )
         return False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import math
 import os
 import random
@@ -53,6 +54,8 @@ from rl.sb3 import PPOConfig, SB3DQNConfig, SB3Experiment
 # Networks
 
 
+LARGEST_POLICY = 1 << 29
+"""Bytes of the weights in a file of SB3 at most."""
 HIDDEN = 512
 """Units over the whole last map, as in SB3's own network, where a backbone's own vector forgets where things are."""
 
@@ -349,7 +352,9 @@ class SB3Task(ABC):
 
     def _diverged(self, trainer: Trainer) -> TrainingStopped:
         hint = f"try a smaller --{self.experiment.algorithm}.lr and --resume from the last checkpoint"
-        return TrainingStopped(f"stopped at step {trainer.step}: the network's numbers are not finite any more; {hint}")
+        run = trainer.media.parent if trainer.media else "RUN"
+        again = f"see it happen again: python scripts/replay_step.py {run} --step {trainer.step + 1}"
+        return TrainingStopped(f"stopped at step {trainer.step}: the network's numbers are not finite any more; {hint}; {again}")
 
     def hooks(self, trainer: Trainer) -> Sequence[Every]:
         """How far the run is, how well the agent plays, and in the end a file for other users of SB3."""
@@ -518,17 +523,31 @@ def read_zip(path: Path) -> dict[str, Tensor]:
         UserError: no such file, or there is more than weights where the weights should be.
     """
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("policy.pth") as file:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            weights = _weights(archive, archive.getinfo("policy.pth"))
     except OSError as error:
         raise UserError(f"initial_zip: {path} cannot be read ({error.strerror})") from None
     except (zipfile.BadZipFile, KeyError):
         raise UserError(f"initial_zip: {path} is no file that stable-baselines3 saved") from None
-    except Exception:  # whatever the restricted loader says of what it does not load
-        weights = None
     if not isinstance(weights, dict):
         raise UserError(f"initial_zip: {path} holds something else than weights, which is not loaded since it could run code")
     return weights
+
+
+def _weights(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:
+    """What the restricted loader makes of a file in an archive; None where it makes nothing of it, or it unpacks to too much."""
+    if member.file_size > LARGEST_POLICY:  # it never unpacks to more than it says
+        return None
+    try:
+        content = io.BytesIO(archive.read(member))
+        if zipfile.is_zipfile(content):
+            with zipfile.ZipFile(content) as inner:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in inner.infolist()):  # PyTorch stores them as they are
+                    return None
+        content.seek(0)
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except Exception:  # whatever is said of what is damaged or not to be loaded
+        return None
 
 
 def adopt(policy: BasePolicy, path: Path) -> None:

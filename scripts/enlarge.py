@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
 from generative.superresolution import SuperResolution, comparison
@@ -94,13 +94,13 @@ def read(path: Path, channels: int) -> Tensor:
     """
     mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path) as image:
+        with media.opened(path) as image:
             if image.width * image.height > LARGEST:
                 raise UserError(f"{path}: {image.width} x {image.height} pixels are too many; cut out or shrink it to {LARGEST} at most")
             if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255, to plain white
                 raise UserError(f"{path}: it has more than 8 bits a pixel; save it with 8")
             pixels = np.array(ImageOps.exif_transpose(image).convert(mode))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as a picture ({error})") from None
     return as_float(torch.from_numpy(pixels)).reshape(*pixels.shape[:2], channels).movedim(2, 0)
 

@@ -269,9 +269,9 @@ def kept(mask: str, height: int, width: int) -> Tensor:
     if mask in holes:
         return drawing.without(holes[mask], height, width)
     try:
-        with Image.open(mask) as picture:
+        with media.opened(Path(mask)) as picture:
             white = picture.convert("L").resize((width, height), Image.Resampling.BOX)
-    except OSError as error:
+    except ValueError as error:
         sides = ", ".join(holes)
         raise UserError(f"--mask {mask}: neither one of {sides} nor a picture that is white where to fill in ({error})") from None
     return torch.from_numpy(np.array(white) < 128).float()[None, None]

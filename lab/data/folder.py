@@ -88,14 +88,16 @@ def decode(path: Path, side: int, greyscale: bool) -> Tensor:
     import numpy as np
     from PIL import Image, ImageOps
 
+    from lab.media import opened
+
     mode = "L" if greyscale else "RGB"
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255, to plain white
                 raise ValueError("it has more than 8 bits a pixel; save it with 8")
             image.draft(mode, (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size, but not below this
             upright = ImageOps.exif_transpose(image).convert(mode)
             square = ImageOps.fit(upright, (side, side), Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: cannot be used as an image ({error}); replace or remove it") from None
     return torch.from_numpy(np.array(square)).reshape(side, side, -1).permute(2, 0, 1)

@@ -16,6 +16,8 @@ SIDE = 28
 COLUMNS = 1 + SIDE * SIDE
 BLOCK = 1 << 23
 """Bytes of text parsed at a time: enough for numpy to be fast, little enough to stay small in memory."""
+LONGEST = 1 << 16
+"""Bytes of a line at most; those of images have some thousands."""
 COMMA, ZERO = ord(","), ord("0")
 
 
@@ -45,7 +47,7 @@ def read(path: Path, labels: Sequence[int]) -> Split:
 
 def _has_header(file: BinaryIO) -> bool:
     """Whether the first line holds names; the file is left at its first line of numbers."""
-    start = file.readline().partition(b",")[0].strip()
+    start = file.readline(LONGEST).partition(b",")[0].strip()
     if start and not start.isdigit():
         return True
     file.seek(0)
@@ -54,10 +56,12 @@ def _has_header(file: BinaryIO) -> bool:
 
 def _blocks(file: BinaryIO, path: Path, line: int) -> Iterator[npt.NDArray[np.uint8]]:
     """The table (rows, 785) block by block, from the given line on."""
-    while lines := [text.rstrip(b"\r\n") for text in file.readlines(BLOCK)]:
-        for number, text in enumerate(lines, start=line):
-            if (columns := text.count(b",") + 1) != COLUMNS:
-                raise DataError(f"{path}, line {number}: expected {COLUMNS} columns, found {columns if text else 0}; get this file again")
+    # Bytes, then the rest of their last line: a file of one endless line never lies in memory.
+    while text := file.read(BLOCK) + file.readline(LONGEST):
+        lines = [line.rstrip(b"\r") for line in text.removesuffix(b"\n").split(b"\n")]
+        for number, row in enumerate(lines, start=line):
+            if (columns := row.count(b",") + 1) != COLUMNS:
+                raise DataError(f"{path}, line {number}: expected {COLUMNS} columns, found {columns if row else 0}; get this file again")
         yield _numbers(lines, path, line)
         line += len(lines)
 
