@@ -75,7 +75,7 @@ def recorded(kind: str) -> list[str]:
     newest = runs.listing(experiments=[kind])[:LATEST]
     keys: set[str] = set()
     for run in newest:
-        with contextlib.suppress(ValueError, OSError):  # a damaged run shows nothing
+        with contextlib.suppress(UserError, OSError):  # a damaged run shows nothing
             keys |= {key for row in run.rows() for key in row if "/" in key}
     return sorted(keys)
 
