@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lab import checkpoint, curves
+from lab import checkpoint, curves, runs
 from lab.config import UserError
 from lab.curves import Series, Tail
 from lab.media import opened
@@ -121,8 +121,7 @@ class Told:
     @property
     def starts(self) -> list[dict[str, Any]]:
         """Facts of each start of the run, the first one first."""
-        starts = self.environment.get("starts")
-        return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+        return runs.starts_in(self.environment)
 
     @property
     def settings_rows(self) -> list[tuple[str, list[str]]]:

@@ -155,6 +155,12 @@ def facts(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def starts_in(environment: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The starts that an `environment.json` tells of, the first one first; none where it is damaged."""
+    starts = (environment or {}).get("starts")
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+
 def history(run: Run) -> dict[str, Any]:
     """What `environment.json` holds: the id of a run and its starts; {} before the first one.
 

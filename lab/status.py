@@ -60,7 +60,7 @@ def status(run: Run) -> Status:
     rows, age = tail(run.metrics)
     latest = {name: value for row in rows for name, value in row.items()}
     step, (metric, value) = _whole(latest.get("step")), key_metric(latest)
-    starts = _starts(run)
+    starts = runs.starts_in(runs.facts(run.environment))
     owner = runs.owner_of(run)
     working = owner if owner and _at_work(run, owner, age) else None
     seconds = sum(_duration(start, age, running=bool(working) and start is starts[-1]) for start in starts)
@@ -124,11 +124,6 @@ def tail(path: Path) -> tuple[list[dict[str, Any]], float]:
         return [], math.inf
     whole = [line for line in (lines if seen.st_size <= TAIL else lines[1:]) if line]
     return [row for row in decoded(whole) if isinstance(row, dict)], max(0.0, time.time() - seen.st_mtime)
-
-
-def _starts(run: Run) -> list[dict[str, Any]]:
-    starts = (runs.facts(run.environment) or {}).get("starts")
-    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
 def _duration(start: dict[str, Any], age: float, running: bool) -> float:

@@ -200,8 +200,8 @@ class Trainer:
     def _save_milestone(self, run: Run) -> None:
         """Keep what the model has learnt so far: its averaged weights where it has them, else the plain ones."""
         parts = self.task.parts()
-        judged = {name: parts[name] for name in ("ema", "model") if name in parts}
-        kept, notes = dict([*judged.items()][:1]), {"facts": dict(self.task.facts)}
+        judged = [name for name in ("ema", "model") if name in parts][:1]
+        kept, notes = {name: parts[name] for name in judged}, {"facts": dict(self.task.facts)}
         try:
             checkpoint.save(run.milestones, self.step, kept, notes, self.config.milestones)
         except OSError as error:
