@@ -14,7 +14,7 @@ from lab import loading, runs
 from lab.checkpoint import Checkpoint
 from lab.experiment import Experiment
 
-FAMILIES = {"dqn": "rl.dqn", "sb3": "rl.sb3"}
+FAMILIES = {"dqn": "rl.dqn", "pqn": "rl.pqn", "sb3": "rl.sb3"}
 
 Policy = Literal["epsilon", "greedy", "sampled"]
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TAB = Tab("Watch", "/watch", "sports_esports", ("dqn", "sb3"))
+TAB = Tab("Watch", "/watch", "sports_esports", ("dqn", "pqn", "sb3"))
 STYLE, SCRIPT = ((Path(__file__).parent / name).read_text() for name in ("studio.css", "studio.js"))
 
 MOST = 6

@@ -73,29 +73,43 @@ class Staged(Backbone):
 class ConvStack(Backbone):
     """Convolutions with ReLU one after another, then a dense layer with ReLU; the base of the plainest backbones."""
 
-    def __init__(self, layers: Sequence[nn.Conv2d], side: int, hidden: int) -> None:
+    def __init__(self, layers: Sequence[nn.Conv2d], side: int, hidden: int, layer_norm: bool = False) -> None:
         """Args:
         layers: the convolutions.
         side: height and width of the last map.
         hidden: width of the dense layer.
+        layer_norm: normalise the channels of each place before each ReLU.
         """
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.out_channels = tuple(layer.out_channels for layer in layers)
+        self.norms = nn.ModuleList(ChannelNorm(channels) for channels in self.out_channels) if layer_norm else None
         self.head = dense(self.out_channels[-1] * side * side, hidden)
         self.out_features = hidden
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The map after each convolution."""
-        maps = [self.first(images).relu_()]
-        for layer in self.layers[1:]:
-            maps.append(layer(maps[-1]).relu_())
+        maps: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            sums = layer(maps[-1]) if maps else self.first(images)
+            maps.append((self.norms[index](sums) if self.norms else sums).relu_())
         return maps
 
     def first(self, images: Tensor) -> Tensor:
         """What the first convolution makes of the images."""
         numbers: Tensor = self.layers[0](as_numbers(images))
         return numbers
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalisation (Ba et al. 2016, arXiv:1607.06450) of the channels of each place, (N, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, C, H, W), as it came."""
+        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Average(nn.Module):

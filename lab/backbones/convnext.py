@@ -15,23 +15,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lab.backbones.backbone import Staged
+from lab.backbones.backbone import ChannelNorm, Staged
 from lab.backbones.layers import stem
 
 LAYER_SCALE = 0.1
 """What g starts as. The paper's 1e-6 lets networks of dozens of blocks start as the identity; one of four blocks would, for as
 long as g takes to grow, be little more than its stem."""
-
-
-class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation (Ba et al. 2016, arXiv:1607.06450) of the channels of each place, (N, C, H, W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """(N, C, H, W), as it came."""
-        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvNeXtBlock(nn.Module):

@@ -22,11 +22,14 @@ class NatureCNN(ConvStack):
     paper = "Mnih et al. 2015, Human-level control through deep reinforcement learning, Nature 518"
     year = 2015
 
-    def __init__(self, in_channels: int, image_size: int, hidden: int = 512) -> None:
+    def __init__(
+        self, in_channels: int, image_size: int, hidden: int = 512, widths: tuple[int, int, int] = (32, 64, 64), layer_norm: bool = False
+    ) -> None:
         self.frame = max(0, SMALLEST - image_size)
         side = (((image_size + self.frame - 8) // 4 + 1) - 4) // 2 + 1 - 2
-        layers = [nn.Conv2d(in_channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
-        super().__init__(layers, side, hidden)
+        a, b, c = widths
+        layers = [nn.Conv2d(in_channels, a, 8, 4), nn.Conv2d(a, b, 4, 2), nn.Conv2d(b, c, 3, 1)]
+        super().__init__(layers, side, hidden, layer_norm)
 
     def first(self, images: Tensor) -> Tensor:
         """The first convolution; of bytes it is computed as 2x2 over blocks of 4x4, which is the same sum in another order.

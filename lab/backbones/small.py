@@ -11,6 +11,6 @@ class SmallCNN(ConvStack):
     paper = "after Young & Tian 2019, MinAtar, arXiv:1903.03176"
     year = 2019
 
-    def __init__(self, in_channels: int, image_size: int, hidden: int = 128) -> None:
+    def __init__(self, in_channels: int, image_size: int, hidden: int = 128, layer_norm: bool = False) -> None:
         layers = [nn.Conv2d(in_channels, 16, 3, padding=1), nn.Conv2d(16, 32, 3, stride=2, padding=1)]
-        super().__init__(layers, (image_size + 1) // 2, hidden)
+        super().__init__(layers, (image_size + 1) // 2, hidden, layer_norm)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lab.backbones.convnext import ChannelNorm, ConvNeXt, ConvNeXtBlock, shrink
+from lab.backbones.backbone import ChannelNorm
+from lab.backbones.convnext import ConvNeXt, ConvNeXtBlock, shrink
 from tests.backbones.compare import assert_same_function, map_shapes, multiplies, randomised, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lab.config import read_yaml
+
 from . import test_scripts
 from .test_scripts import ROOT, commands_of_the_readme
 
@@ -36,13 +38,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SMALL = {
+    "dqn": ["--trainer.steps", "5", "--replay.capacity", "3000", "--dqn.learning-starts", "64"],
+    "pqn": ["--trainer.steps", "2", "--pqn.games", "4", "--pqn.n-steps", "16", "--pqn.batch-size", "32"],
+    "sb3": ["--trainer.steps", "1", "--replay.capacity", "3000", "--ppo.epochs", "1", "--dqn.actions-per-step", "64"],
+}
+
+
 @pytest.mark.parametrize("preset", sorted((ROOT / "configs/rl").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_trains(preset: Path, tmp_path: Path) -> None:
-    kind = "train_dqn.py" if preset.stem.startswith(("dqn", "demo")) else "train_sb3.py"
-    small = ["--replay.capacity", "3000", "--game.max-frames", "100", "--test.video-steps", "10"]
-    small += ["--dqn.learning-starts", "64"] if kind == "train_dqn.py" else ["--ppo.epochs", "1", "--dqn.actions-per-step", "64"]
-    steps = "5" if kind == "train_dqn.py" else "1"
-    call(kind, preset, *small, *QUICK, "--trainer.steps", steps, "--run-dir", preset.stem, cwd=tmp_path)
+    _, kind = read_yaml(preset)
+    small = [*SMALL[kind], "--game.max-frames", "100", "--test.video-steps", "10"]
+    call(f"train_{kind}.py", preset, *small, *QUICK, "--run-dir", preset.stem, cwd=tmp_path)
+    steps = small[1]
     row = json.loads((tmp_path / preset.stem / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["step"] == int(steps)
     assert row["frames"] > 0
