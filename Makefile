@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo studio test test-slow lint figures setup setup-dev clean
+.PHONY: demo studio test test-slow exact lint figures setup setup-dev clean
 
 demo: setup  ## train an autoencoder, a VAE and an agent, show what they learnt
 	$(RUN) scripts/demo.py
@@ -17,6 +17,9 @@ test: setup-dev  ## the default tests
 
 test-slow: setup-dev  ## the tests that take minutes
 	$(RUN) -m pytest -m slow
+
+exact: setup  ## kill every trainer at random, resume it, compare it byte for byte (half an hour on 2 cores)
+	$(RUN) benchmarks/exact.py
 
 lint: setup-dev  ## style and types
 	$(RUN) -m ruff check .
@@ -33,6 +36,7 @@ figures: setup  ## the benchmarks of the README (hours on 2 cores)
 	$(RUN) benchmarks/scoreboard.py --train
 	$(RUN) benchmarks/studio.py
 	$(RUN) benchmarks/sweep.py
+	$(RUN) benchmarks/machines.py --rounds 3  # as root
 
 setup:
 	@$(PYTHON) scripts/bootstrap.py

@@ -12,12 +12,14 @@ they were given and the actions since then. A game gets a new seed at the first 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from ale_py import ALEInterface, LoggerMode
 from ale_py.vector_env import AtariVectorEnv
+from torch.nn import functional
 
 from envs.games import Bytes, Flags, GameConfig, Games, Integers, Step
 from lab import seeding
@@ -37,9 +39,9 @@ SCREEN = (210, 160)
 class Atari(Games):
     """N Atari games in native threads."""
 
-    def __init__(self, config: GameConfig, count: int, seed: int, colour: bool) -> None:
+    def __init__(self, config: GameConfig, count: int, seed: int, colour: bool, first: int = 0) -> None:
         ALEInterface.setLoggerMode(LoggerMode.Error)
-        self.count, self.seed = count, seed
+        self.count, self.seed, self.first = count, seed, first
         self.shape = (config.stack, config.size, config.size)
         self.frames_per_step = config.frame_skip
         self._envs = [_native(config, count, stack_num=config.stack, img_height=config.size, img_width=config.size)]
@@ -112,8 +114,8 @@ class Atari(Games):
 
     def _reset(self, chosen: Flags, seeded: bool = True) -> tuple[Bytes, Integers]:
         """Reset the chosen games, with their seeds or going on with their random numbers; observations and lives of all."""
-        numbers = [seeding.derive(self.seed, f"game/{index}", int(self._anchors[index])) >> 32 for index in np.flatnonzero(chosen)]
-        seeds = np.array(numbers) if seeded else None
+        numbers = [seeding.derive(self.seed, f"game/{self.first + index}", int(self._anchors[index])) for index in np.flatnonzero(chosen)]
+        seeds = np.array(numbers) >> 32 if seeded else None
         shown = [env.reset(seed=seeds, options={"reset_mask": chosen} if not chosen.all() else None) for env in self._envs]
         self._picture = shown[-1][0]
         return shown[0][0], shown[0][1]["lives"].astype(np.int64)
@@ -152,6 +154,7 @@ class Atari(Games):
         anchors, since, actions = (state[name].numpy() for name in ("anchors", "since", "actions"))
         if actions.shape[1] != self.count:
             raise ValueError(f"the games were {actions.shape[1]}, not {self.count}")
+        actions, since = actions[since.min() :], since - since.min()  # games that were played elsewhere may need older ones
         if len(actions) > 1000:
             log.info("putting %d games back where they were: playing %d steps again", self.count, len(actions))
         self._begin(anchors)
@@ -165,6 +168,22 @@ class Atari(Games):
             observations = self._reset(begin)[0]
         self._since, self._log = since.copy(), list(actions)
         self.last = Step(observations, **{name: state[name].numpy().copy() for name in _REMEMBERED})
+
+    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state of all games, of those of their shares: the actions of all end now, and are as many as the longest game needs."""
+        longest = max(len(state["actions"]) for state in states)
+        missing = [longest - len(state["actions"]) for state in states]
+        turned = [
+            {**state, "since": state["since"] + more, "actions": functional.pad(state["actions"].T, (more, 0))}
+            for state, more in zip(states, missing)
+        ]
+        whole = super().joined(turned)
+        return {**whole, "actions": whole["actions"].T.contiguous()}
+
+    def share(self, state: dict[str, Any], count: int) -> dict[str, Any]:
+        """The state of these games, of that of all `count`."""
+        share = super().share({**state, "actions": state["actions"].T}, count)
+        return {**share, "actions": share["actions"].T}
 
 
 _REMEMBERED = ("rewards", "terminated", "truncated", "life_lost", "started", "returns", "lengths", "lives")
@@ -190,6 +209,6 @@ def _native(config: GameConfig, count: int, **picture: Any) -> AtariVectorEnv:
     )
 
 
-def create(config: GameConfig, count: int, seed: int, colour: bool = False) -> Atari:
+def create(config: GameConfig, count: int, seed: int, colour: bool = False, first: int = 0) -> Atari:
     """Make `count` games; see `envs.games.make`."""
-    return Atari(config, count, seed, colour)
+    return Atari(config, count, seed, colour, first)

@@ -11,14 +11,18 @@ import importlib
 import importlib.util
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lab.config import Count, Fraction, Natural, Settings
+
+if TYPE_CHECKING:  # the settings, and which games there are, are known without torch
+    from lab.distributed import World
 
 Bytes = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
@@ -131,6 +135,8 @@ class Games(ABC):
     """N games of one kind, which a state_dict holds exactly: a game that is put back goes on as if nothing had happened."""
 
     count: int
+    first: int = 0
+    """The position of the first one, where others are played elsewhere."""
     shape: tuple[int, int, int]
     """Frames of an observation, their height and width."""
     actions: tuple[str, ...]
@@ -165,6 +171,38 @@ class Games(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave; `last` is then the newest step again."""
 
+    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state of all games, of those of their shares, in order: tensors have a row for each game, all else is the same for all."""
+        import torch
+
+        def whole(values: Sequence[Any]) -> Any:
+            if isinstance(values[0], dict):
+                return {name: whole([value[name] for value in values]) for name in values[0]}
+            return torch.cat(list(values)) if isinstance(values[0], torch.Tensor) else values[0]
+
+        joined: dict[str, Any] = whole(states)
+        return joined
+
+    def share(self, state: dict[str, Any], count: int) -> dict[str, Any]:
+        """The state of these games, of that of all `count`.
+
+        Raises:
+            ValueError: it is the state of another number of games.
+        """
+        import torch
+
+        def rows(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: rows(inner) for name, inner in value.items()}
+            if not isinstance(value, torch.Tensor):
+                return value
+            if len(value) != count:
+                raise ValueError(f"the games were {len(value)}, not {count}")
+            return value[self.first : self.first + self.count]
+
+        share: dict[str, Any] = rows(state)
+        return share
+
     last: Step
     """The newest step."""
 
@@ -172,12 +210,36 @@ class Games(ABC):
         """Let go of threads and emulators."""
 
 
-def make(config: GameConfig, count: int, seed: int, colour: bool = False) -> Games:
+def make(config: GameConfig, count: int, seed: int, colour: bool = False, first: int = 0) -> Games:
     """Make `count` games, whose random numbers follow from `seed` and their position.
 
     Args:
         colour: also keep the pictures that people see.
+        first: the position of the first of them, where others are played elsewhere.
     """
     kind = "envs.small" if config.rom in SMALL else "envs.atari"
-    games: Games = importlib.import_module(kind).create(config, count, seed, colour)
+    games: Games = importlib.import_module(kind).create(config, count, seed, colour, first)
     return games
+
+
+# Games that processes play in shares
+
+
+class AllGames:
+    """The games of all processes as a part of a checkpoint: as if one had played them all, so that any number can go on with them."""
+
+    def __init__(self, games: Games, world: World) -> None:
+        """Args:
+        games: those of this process, one after the other among all.
+        """
+        self.games, self.count = games, games.count * world.size
+        self._states = world.jointly(games.state_dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all games."""
+        states = self._states()
+        return self.games.joined(states) if len(states) > 1 else states[0]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the games of this process where they were."""
+        self.games.load_state_dict(self.games.share(state, self.count) if self.count > self.games.count else state)

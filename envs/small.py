@@ -39,10 +39,10 @@ BLOCK = 256
 """Steps whose random numbers are drawn together."""
 
 
-def create(config: GameConfig, count: int, seed: int, colour: bool) -> Games:
-    """The small game that the settings name."""
+def create(config: GameConfig, count: int, seed: int, colour: bool, first: int = 0) -> Games:
+    """The small game that the settings name; see `envs.games.make`."""
     kind = {"catch": Catch, "bricks": Bricks}[config.rom]
-    return kind(config, count, seed, colour)
+    return kind(config, count, seed, colour, first)
 
 
 @functools.lru_cache(maxsize=8)
@@ -83,8 +83,8 @@ class PaddleGames(Games):
     previous: Integers
     """The actions that were carried out, (N,), which `sticky` may repeat."""
 
-    def __init__(self, config: GameConfig, count: int, seed: int, colour: bool) -> None:
-        self.config, self.count, self.seed, self.colour = config, count, seed, colour
+    def __init__(self, config: GameConfig, count: int, seed: int, colour: bool, first: int = 0) -> None:
+        self.config, self.count, self.seed, self.colour, self.first = config, count, seed, colour, first
         self.shape = (config.stack, self.side, self.side)
         self.games, self.bottom = np.arange(count), self.side - 1
         self.reset()
@@ -138,7 +138,7 @@ class PaddleGames(Games):
         """This step's uniform numbers, (2, N): a function of how many steps there were, whatever happened in them."""
         block, place = divmod(self.clock, BLOCK)
         self.clock += 1
-        numbers: Uniform = chances(self.seed, block, self.count)[place]
+        numbers: Uniform = chances(self.seed, block, self.first + self.count)[place, :, self.first :]
         return numbers
 
     def _seen(self, over: Flags, rewards: NDArray[np.float32], lost: Flags) -> Step:

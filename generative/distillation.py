@@ -176,12 +176,12 @@ class DistillationTask(GeneratorTask):
         return {**super().parts(), "teacher": self.teacher}
 
     def loss(self, shard: Shard) -> tuple[Tensor, Metrics]:
-        """The mean error of a shard, an equal part of which stands at the start of each stretch."""
+        """The mean error of a shard; of the whole batch an equal part stands at the start of each stretch."""
         lesson, student = self.experiment.model, self.model
         images, labels = self.batch(shard)
         x0, noise = student.scaled(images, labels), shard.normal("noise", *student.inner)
         fine = fine_points(student.process, lesson)
-        stretches = torch.arange(len(x0), device=x0.device) % lesson.steps
+        stretches = shard.places % lesson.steps
         errors = []
         for index in range(lesson.steps):
             rows = stretches == index

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -378,9 +378,15 @@ def noted(root: Path) -> Mapping[str, Any] | None:
 
 
 def restore(
-    parts: Mapping[str, Stateful], states: Mapping[str, Any], segments: Mapping[str, Sequence[tuple[int, Path]]] | None = None
+    parts: Mapping[str, Stateful],
+    states: Mapping[str, Any],
+    segments: Mapping[str, Sequence[tuple[int, Path]]] | None = None,
+    read: Callable[[Path], Mapping[str, Tensor]] = load_file,
 ) -> None:
     """Put every part back as it was saved.
+
+    Args:
+        read: gives the rows in a segment's file.
 
     Raises:
         ValueError: the checkpoint holds other parts, or shapes that the settings do not give.
@@ -390,7 +396,7 @@ def restore(
     for name, part in parts.items():
         try:
             for first, path in (segments or {}).get(name, []):
-                cast(Growing, part).write(first, load_file(path))
+                cast(Growing, part).write(first, read(path))
             if isinstance(part, torch.optim.Optimizer):
                 _restore_optimizer(part, states[name])
             else:
@@ -406,7 +412,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) 
         raise ValueError("it was another kind of optimiser")
     optimizer.load_state_dict(state)
     for group, mine in zip(optimizer.param_groups, groups):
-        group.update(mine)
+        group.update(mine | {"lr": group["lr"]})  # that of the last update: every update sets its own
     _match_layout(optimizer)
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from lab.config import UserError
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(seconds=5)
+"""How long a process that met a mistake waits for the main one to tell of the same."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,11 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    here: int = 1
+    """How many of them share this machine."""
+    store: Any = field(default=None, repr=False, compare=False)
+    """Where they leave word for each other, a `torch.distributed.Store`; None: nowhere."""
+    _joint: list[Callable[..., Any]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def main(self) -> bool:
@@ -53,11 +66,116 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def from_main(self, find: Callable[[], T]) -> T:
+        """What the main process finds, on every process; an error that it meets is everybody's."""
+        if self.size == 1:
+            return find()
+        found, error = None, None
+        if self.main:
+            try:
+                found = find()
+            except Exception as problem:
+                error = problem
+        found, error = self.share((found, error))
+        if error:
+            raise error
+        return cast(T, found)
+
+    # Work that is cut up
+
+    def part(self, count: int, what: str) -> range:
+        """Which of `count` things are this process's; every process has as many.
+
+        Args:
+            what: the setting that says how many there are.
+
+        Raises:
+            UserError: they cannot be cut into equal parts.
+        """
+        if count % self.size:
+            raise UserError(f"{what}: {count} cannot be cut into equal parts for {self.size} processes; give a multiple of {self.size}")
+        each = count // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def beside(self, part: Tensor) -> Tensor:
+        """Every process's tensor, all of one shape and on the CPU, side by side along the last dimension."""
+        if self.size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts, -1)
+
+    def joined(self, part: Tensor) -> Tensor:
+        """The same of tensors whose last dimensions differ, on any device; the result is on the CPU where there are several processes."""
+        return part if self.size == 1 else torch.cat(self.gather(part.cpu()), -1)
+
+    # What only the main process does, with the help of the others
+
+    def jointly(self, own: Callable[..., T]) -> Callable[..., list[T]]:
+        """A function that gives what `own` gives on every process, in the order of their ranks, of which one alone has only a share.
+
+        Every process makes it, in the same order; only the main one calls it, inside of what it does in `led`.
+        """
+        if self.size == 1:
+            return lambda *given: [own(*given)]
+        number = len(self._joint)
+        self._joint.append(own)
+
+        def ask(*given: Any) -> list[T]:
+            self.share((number, given))
+            return cast(list[T], self._collected(own(*given)))
+
+        return ask
+
+    def led(self, work: Callable[[], None] | None) -> None:
+        """Have the main process do some work, while the others, who have none, give what it asks for; its error is everybody's."""
+
+        def lead() -> None:
+            try:
+                if work:
+                    work()
+            finally:
+                self.share(None)
+
+        if not self.main:
+            while call := self.share(cast(Any, None)):
+                number, given = call
+                self._collected(self._joint[number](*given))
+        self.from_main(lead)
+
+    def _collected(self, value: T) -> list[T] | None:
+        """Every process's value, for the main one."""
+        values: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(value, values)
+        return values
+
+    # Ends
+
+    def tells(self) -> bool:
+        """Whether it is for this process to tell the user why the run ends: another one than the main does if that does not know of it.
+
+        Others wait here until the main process has told and is gone: if they ended first, it would be stopped before it could speak.
+        """
+        if self.store is None:
+            return True
+        if self.main:
+            self.store.set("told", "")
+            return True
+        try:
+            self.store.wait(["told"], PATIENCE)
+        except dist.DistStoreError:  # nothing came
+            return True
+        except RuntimeError:  # the main process kept the store, and is gone
+            return False
+        with contextlib.suppress(RuntimeError):
+            self.any(False)
+        return False
+
     def leave(self) -> None:
         """Wait for the others, then end the communication."""
         if self.size > 1:
             dist.barrier()
-            dist.destroy_process_group()
+            _hang_up()
 
 
 def join(device: str, threads: int, deterministic: bool) -> World:
@@ -83,8 +201,15 @@ def join(device: str, threads: int, deterministic: bool) -> World:
         torch.use_deterministic_algorithms(True)
     if size == 1:
         return World(device=where)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
-    return World(dist.get_rank(), size, where)
+    store, rank, size = next(rendezvous("env://"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    atexit.register(_hang_up)  # at an error too, or its threads would abort the process in the middle of its end
+    return World(rank, size, where, local_size, store)
+
+
+def _hang_up() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _keep_freed_memory() -> None:

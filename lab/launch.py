@@ -1,11 +1,13 @@
 """What every training script does: read the settings, make or reopen the run, train, say where it is.
 
 python scripts/train_X.py [CONFIG.yaml] [--dotted.key VALUE ...] [--run-dir DIR | --resume RUN] [--print-config]
+python scripts/train_X.py [CONFIG.yaml] [--dotted.key VALUE ...] --run-dir DIR --resume auto         begins a run, or goes on with it
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,11 +25,12 @@ from lab.experiment import Experiment
 from lab.recorder import Recorder, console, cut, display, log, logged, speak
 from lab.runs import Run
 from lab.tracking import Tracker, resolved_mode
-from lab.trainer import DONE, STOPPED, Trainer, TrainingStopped
+from lab.trainer import DONE, STOPPED, Trainer, TrainingStopped, told_once
 
 E = TypeVar("E", bound=Experiment)
 
 FAILED, MISTAKE = 1, 2
+AUTO = "auto"
 
 
 def guarded(main: Callable[[], int]) -> int:
@@ -49,8 +52,14 @@ def _end(message: str, status: int) -> int:
 
 
 def launch(default: Experiment, about: str, argv: Sequence[str] | None = None) -> int:
-    """The main function of a training script; returns the exit code."""
-    return guarded(lambda: _launch(default, about, sys.argv[1:] if argv is None else argv))
+    """The main function of a training script; returns the exit code (or ends with it, where it is one process of several)."""
+    status = guarded(lambda: _launch(default, about, sys.argv[1:] if argv is None else argv))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # gloo's threads live on, and one that lets go of a tensor while Python ends aborts the process, well done as its work is.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 @dataclass(frozen=True)
@@ -93,15 +102,24 @@ def read_order(default: Experiment, argv: Sequence[str]) -> Order:
     options = dict(arguments.options)
     show = options.pop("print_config", None) is not None
     resume, folder = (_path(options.pop(name, None), name) for name in ("resume", "run_dir"))
-    run = _resumed(resume, default.experiment) if resume else None
-    configs = [*map(Path, arguments.positional), *([run.config] if run else [])]
-    if len(configs) > 1 or (run and folder):
+    if len(arguments.positional) > 1 or (resume and resume != AUTO and (folder or arguments.positional)):
         raise UserError(f"give one config, or --resume RUN, or --run-dir DIR for a new run, not several: {', '.join(argv)}")
+    run = _run_to_resume(resume, folder, default.experiment)
+    configs = [run.config] if run else [*map(Path, arguments.positional)]  # what a run began with stands in its own config
     given: dict[str, Given] = {}
     problems: list[str] = []
     for path in configs:
         given, problems = _read_config(path, default.experiment)
     return Order(resolve(default, given | options, problems), run, Path(folder) if folder else None, show)
+
+
+def _run_to_resume(resume: str | None, folder: str | None, experiment: str) -> Run | None:
+    if resume != AUTO:
+        return _resumed(resume, experiment) if resume else None
+    if not folder:
+        raise UserError("--resume auto goes on with the run in --run-dir DIR, or begins it there; give --run-dir too")
+    name = "./latest" if folder == "latest" else folder  # here it is the name of a folder
+    return _resumed(name, experiment) if Run(Path(folder)).config.exists() else None
 
 
 def _resumed(name: str, experiment: str) -> Run:
@@ -139,7 +157,8 @@ class Launch:
     run_dir: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = ""
     """Folder of this run; otherwise a new one runs/<name>/<UTC time>-<6 chars>/."""
     resume: Annotated[str, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = ""
-    """Go on with a run: its folder, or `latest`. Other options change its settings, e.g. more --trainer.steps."""
+    """Go on with a run: its folder, or `latest`, or `auto`: the one in --run-dir if there is one, else it begins there, so that one
+    command serves every start. Other options change its settings, e.g. more --trainer.steps."""
     print_config: Annotated[str, tyro.conf.arg(metavar="", help_behavior_hint="")] = ""
     """Show every setting and where its value came from, then stop."""
 
@@ -156,31 +175,40 @@ def show_help(default: Experiment, about: str) -> None:
 
 
 def _train(order: Order) -> int:
-    experiment = order.resolved.settings
-    trainer_config = experiment.trainer
-    world = distributed.join(trainer_config.device, trainer_config.threads, trainer_config.deterministic)
-    if not world.main:
-        trainer = Trainer(experiment, world, order.noted(world))
-        trainer.resume(None)
-        status = trainer.fit()
-        world.leave()
-        return status
-    speak()
-    return _train_main(order, experiment, world)
-
-
-def _train_main(order: Order, experiment: Experiment, world: World) -> int:
-    config = dump(experiment, experiment.experiment)
+    place = order.resolved.settings.trainer
+    world = distributed.join(place.device, place.threads, place.deterministic)
+    experiment = world.share(order.resolved.settings)  # the disk of another machine may not show yet what the main process has found
+    held = ExitStack()
+    if world.main:
+        speak()
     # Both first, so that a mistake in the data or a missing key leaves no empty run behind.
-    resolved_mode(experiment.tracking)
+    with told_once(world):
+        world.from_main(lambda: resolved_mode(experiment.tracking))
     trainer = Trainer(experiment, world, order.noted(world))
-    run = order.resume or runs.create(experiment.name, order.folder, config)
-    with ExitStack() as stack:
-        stack.enter_context(runs.owned(run))
+    with told_once(world):
+        run = world.from_main(lambda: _opened(order, experiment, held))
+    if world.main:
+        return _train_main(order, trainer, run, held)
+    trainer.resume(None)
+    status = trainer.fit()
+    world.leave()
+    return status
+
+
+def _opened(order: Order, experiment: Experiment, held: ExitStack) -> Run:
+    """The run, new or begun before, which is this process's until `held` is left."""
+    run = order.resume or runs.create(experiment.name, order.folder, dump(experiment, experiment.experiment))
+    held.enter_context(runs.owned(run))
+    return run
+
+
+def _train_main(order: Order, trainer: Trainer, run: Run, held: ExitStack) -> int:
+    experiment, world = trainer.experiment, trainer.world
+    with held as stack:
         stack.enter_context(logged(run))
         cut(run, trainer.resume(run))
         if order.resume:
-            runs.write_config(run, config)
+            runs.write_config(run, dump(experiment, experiment.experiment))
             log.info("resuming %s at step %d of %d", run.folder, trainer.step, experiment.trainer.steps)
         runs.note_start(run, distributed.environment())
         stack.push(lambda kind, error, trace: runs.note_end(run, error))
@@ -190,7 +218,8 @@ def _train_main(order: Order, experiment: Experiment, world: World) -> int:
         recorder.start(trainer.step)
         status = trainer.fit(run, recorder)
         tracker.summarise(run.last_values())
-    _draw(run, experiment.name)
+    if status == DONE:  # who stops a run does not want to wait for a plot of half of it
+        _draw(run, experiment.name)
     world.leave()
     if status == STOPPED:
         console.print(f"stopped at step {trainer.step}; go on with --resume {run.folder}", highlight=False, soft_wrap=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lab import optimizer, seeding
 from lab.checkpoint import Stateful
+from lab.distributed import World
 from lab.ema import EMA
 from lab.optimizer import OptimizerConfig
 
@@ -85,6 +86,16 @@ class Shard:
     seed: int
     step: int
     device: torch.device
+    processes: int = 1
+    """How many compute these rows together; see `common`."""
+
+    def common(self, world: World) -> Shard:
+        """The rows of all processes together: where each holds other data, it computes those whose data it has."""
+        return replace(self, first=self.first - world.rank * self.count, count=self.count * world.size, processes=world.size)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the rows, of their values; of those that this process has, its part of it: the mean of all parts is that mean."""
+        return values.sum() / self.count * self.processes
 
     def indices(self, size: int) -> Tensor:
         """Which items of a shuffled set of `size` these rows are, int64 (count,), each epoch in an order of its own."""

@@ -185,7 +185,8 @@ def create(name: str, folder: Path | None, config: str) -> Run:
     run = Run(folder or RUNS / name / stamp())
     try:
         if run.config.exists():
-            raise UserError(f"{run.folder} already holds a run; go on with it by --resume {run.folder}, or give another --run-dir")
+            held = f"{run.folder} already holds a run; go on with it by --resume {run.folder}, or by --resume auto beside --run-dir"
+            raise UserError(f"{held}, which also begins one; or give another --run-dir")
         run.media.mkdir(parents=True, exist_ok=True)
         write_config(run, config)
     except OSError as error:
@@ -199,16 +200,27 @@ def stamp() -> str:
 
 
 def write_config(run: Run, config: str) -> None:
-    """Replace the run's config in one step, so that a kill leaves the old or the new one."""
-    temporary = run.folder / ".config.yaml"
-    temporary.write_text(config, encoding="utf-8")
-    os.replace(temporary, run.config)
+    """Replace the run's config."""
+    _replace(run.config, config)
+
+
+def _replace(path: Path, content: str) -> None:
+    """Put new content into a file in one step: a kill or a power cut leaves the old or the new one."""
+    from lab import checkpoint  # loads torch, which those who only read runs do without
+
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(content, encoding="utf-8")
+    checkpoint._flush(temporary)
+    os.replace(temporary, path)
+    checkpoint._flush(path.parent)
 
 
 def note_start(run: Run, facts: dict[str, Any]) -> None:
     """Add this start of the run to `command.txt` and `environment.json`, with an id for a run that has none."""
-    with (run.folder / "command.txt").open("a", encoding="utf-8") as file:
-        file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
+    commands = run.folder / "command.txt"
+    before = commands.read_text(encoding="utf-8", errors="replace") if commands.exists() else ""
+    before = before[: before.rfind("\n") + 1]  # lines were appended once, and a kill could cut one short
+    _replace(commands, before + shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     known = history(run)
     identity = str(known.get("id") or secrets.token_hex(8))
     _write_environment(run, {"id": identity, "starts": [*known.get("starts", []), {"time": _now(), **versions(), **facts}]})
@@ -227,9 +239,7 @@ def _now() -> str:
 
 
 def _write_environment(run: Run, content: dict[str, Any]) -> None:
-    temporary = run.folder / ".environment.json"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, run.environment)
+    _replace(run.environment, json.dumps(content, indent=1) + "\n")
 
 
 def versions() -> dict[str, Any]:

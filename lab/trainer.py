@@ -16,15 +16,19 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from lab import checkpoint, media, optimizer, seeding
+from lab.batchnorm import see_whole_batches
 from lab.checkpoint import Checkpoint, Stateful
 from lab.config import UserError
 from lab.distributed import World, native_bf16
@@ -44,7 +48,7 @@ class Window:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}
 
     def add(self, metrics: Metrics) -> None:
         """Add one step's metrics, without waiting for the device."""
@@ -64,11 +68,22 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts."""
-        return {"sums": self.sums, "counts": self.counts}
+        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+    def take_up(self, states: Sequence[Mapping[str, Any]], world: World) -> None:
+        """Put back what every process's `state_dict` gave: each its own, or the main one all where there are now more or fewer."""
+        if len(states) == world.size:
+            return self.load_state_dict(dict(states[world.rank]))
+        self.sums, self.counts = {}, {}
+        weight = world.size / len(states)  # a step counts once for each process of now
+        for state in states if world.main else []:
+            for name, value in state["sums"].items():
+                self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * weight
+                self.counts[name] = self.counts.get(name, 0) + state["counts"][name] * weight
 
 
 # The loop
@@ -76,6 +91,10 @@ class Window:
 
 class TrainingStopped(Exception):
     """Training cannot go on; says why, and what to change."""
+
+
+class HookLeft(BaseException):
+    """A hook was left half done, as the run is to stop. No `Exception`: whoever forgives those must not keep it."""
 
 
 class Trainer:
@@ -89,10 +108,16 @@ class Trainer:
         self.experiment, self.config, self.world = experiment, experiment.trainer, world
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.window = Window()
+        self.unfinished: dict[str, float] | None = None
+        """What the last step measured, until its hooks are done and its row is written."""
+        self.requested = threading.Event()
+        """The run is to stop: set by a signal, see `stop_signals`."""
         self.bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and native_bf16(world.device))
         self.media: Path | None = None
         self._parallel: dict[Learner, DistributedDataParallel] = {}
-        self.task = experiment.task(self)
+        self._windows = world.jointly(self.window.state_dict)
+        with told_once(world):
+            self.task = experiment.task(self)
 
     def resume(self, run: Run | None) -> int:
         """Go back to the newest whole checkpoint of a run, which the main process reads for all.
@@ -103,16 +128,14 @@ class Trainer:
         Raises:
             UserError: the checkpoint does not fit the settings, or there are some and all are damaged.
         """
-        found = self.world.share(checkpoint.load_newest(run.checkpoints) if run else None)
-        if found is None and run and (left := checkpoint.folders(run.checkpoints)):
-            damage = checkpoint.damage(left[0])
-            raise UserError(f"cannot resume: no checkpoint of {run.folder} is whole ({damage}); put the file back, or start a new run")
-        if found is None:
-            return 0
-        try:
-            self.put_back(found)
-        except ValueError as error:
-            raise UserError(f"cannot resume: {error}") from None
+        with told_once(self.world):
+            found = self.world.from_main(lambda: _newest(run))
+            if found is None:
+                return 0
+            try:
+                self.put_back(found)
+            except ValueError as error:
+                raise UserError(f"cannot resume: {error}") from None
         if run:
             checkpoint.drop_after(run.checkpoints, self.step)
             checkpoint.drop_after(run.milestones, self.step)
@@ -124,7 +147,7 @@ class Trainer:
         Raises:
             ValueError: it does not fit the settings.
         """
-        checkpoint.restore(self._parts(), found.parts, found.segments)
+        checkpoint.restore(self._parts(), found.parts, found.segments, lambda path: self.world.from_main(lambda: load_file(path)))
 
     def fit(self, run: Run | None = None, recorder: Recorder | None = None) -> int:
         """Train to the last step, or until a signal asks to stop; returns the exit status of the process.
@@ -137,14 +160,17 @@ class Trainer:
         """
         self.media = run.media if run else None
         hooks = list(self.task.hooks(self)) if run else []
-        with stop_signals() as requested:
-            while self.step < self.config.steps:
-                self._one_step(hooks, recorder)
-                stopping = self.world.any(requested.is_set())
+        save = partial(self._save, run, recorder) if run and recorder else None
+        saved = self.world.any(save is not None)
+        with stop_signals() as self.requested, told_once(self.world):
+            while self.step < self.config.steps or self.unfinished is not None:
+                with contextlib.suppress(HookLeft):  # the checkpoint then holds what is known of the row, and the hooks are done on resume
+                    self._one_step(hooks, recorder)
+                stopping = self.world.any(self.requested.is_set())
                 if run and self._passed_milestone():  # before the checkpoint: a kill between the two must not lose it
                     self._save_milestone(run)
-                if run and recorder and (stopping or self._due(self.config.save_every)):
-                    self._save(run, recorder, needed=stopping or self.step == self.config.steps)
+                if saved and (stopping or self._due(self.config.save_every)):
+                    self.world.led(partial(save, stopping or self.step == self.config.steps) if save else None)
                 if stopping:
                     return STOPPED
         return DONE
@@ -155,10 +181,7 @@ class Trainer:
         Raises:
             TrainingStopped: too many updates in a row were not finite.
         """
-        seed = seeding.derive(self.config.seed, f"global/{self.world.rank}", self.step)
-        torch.default_generator.manual_seed(seed)  # dropout, and whatever else draws by itself
-        if self.world.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        self._seed(f"global/{self.world.rank}")  # dropout, and whatever else draws by itself
         metrics = self.task.step(self)
         self.window.add(metrics)
         self.step += 1
@@ -168,14 +191,31 @@ class Trainer:
         return metrics, means | ({"train/skipped": self.skipped} if self.skipped else {})
 
     def _one_step(self, hooks: Sequence[Every], recorder: Recorder | None) -> None:
-        row: dict[str, float | int | str] = dict(self.advance()[1])
-        for hook in hooks:
-            if hook.due(self.step, self.config.steps):
-                row |= hook.do()
+        """A step, its hooks and its row; only the rest of it where a stop has cut off the hooks.
+
+        Raises:
+            HookLeft: the run is to stop, and there is no row yet.
+        """
+        if self.unfinished is None:
+            self.unfinished = self.advance()[1]
+        row: dict[str, float | int | str] = {**self.unfinished}
+        if due := [hook for hook in hooks if hook.due(self.step, self.config.steps)]:
+            self._seed("hooks")  # or what they draw would not be the same after a resume
+            with nullcontext() if self.config.compile else leaving(self.requested):  # whose watch has compiled code compiled anew
+                for hook in due:
+                    row |= hook.do()
+        self.unfinished = None
         if recorder:
             recorder.display.advance(self.step)
             if row:
                 recorder.write(self.step, row)
+
+    def _seed(self, stream: str) -> None:
+        """Set PyTorch's own random numbers for what comes now."""
+        seed = seeding.derive(self.config.seed, stream, self.step)
+        torch.default_generator.manual_seed(seed)
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -212,12 +252,16 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The trainer's own part of a checkpoint."""
-        return {"step": self.step, "skipped": self.skipped, "in_a_row": self.skipped_in_a_row, "window": self.window.state_dict()}
+        window, *others = self._windows()
+        state = {"step": self.step, "skipped": self.skipped, "in_a_row": self.skipped_in_a_row, "window": window}
+        state |= {"other_windows": others} if others else {}
+        return state if self.unfinished is None else state | {"unfinished": self.unfinished}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
         self.step, self.skipped, self.skipped_in_a_row = state["step"], state["skipped"], state["in_a_row"]
-        self.window.load_state_dict(state["window"])
+        self.window.take_up([state["window"], *state.get("other_windows", [])], self.world)
+        self.unfinished = state.get("unfinished")
 
     # What a task calls
 
@@ -230,6 +274,8 @@ class Trainer:
     def learner(self, module: nn.Module, config: OptimizerConfig) -> Learner:
         """Put a module on the device, compile it if asked to, and give it an optimiser."""
         module.to(device=self.world.device, memory_format=self.layout)  # type: ignore[call-overload]
+        if self.world.size > 1:
+            see_whole_batches(module)
         learner = Learner(module, config)
         if self.config.compile:
             _require_compiler(self.world.device)
@@ -329,6 +375,30 @@ class Trainer:
         return False
 
 
+def _newest(run: Run | None) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, None where there is none yet.
+
+    Raises:
+        UserError: there are some and all are damaged.
+    """
+    found = checkpoint.load_newest(run.checkpoints) if run else None
+    if found is None and run and (left := checkpoint.folders(run.checkpoints)):
+        damage = checkpoint.damage(left[0])
+        raise UserError(f"cannot resume: no checkpoint of {run.folder} is whole ({damage}); put the file back, or start a new run")
+    return found
+
+
+@contextlib.contextmanager
+def told_once(world: World) -> Iterator[None]:
+    """Of a message that ends several processes, one tells the user; the others end without a word, as it does."""
+    try:
+        yield
+    except (UserError, TrainingStopped) as error:
+        if not world.tells():
+            raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+        raise
+
+
 def _require_compiler(device: torch.device) -> None:
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("trainer.compile needs a C++ compiler on a CPU and neither g++ nor clang++ is installed; leave it false")
@@ -350,3 +420,22 @@ def stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def leaving(requested: threading.Event) -> Iterator[None]:
+    """Within, the next forward pass of any module raises `HookLeft` once the event is set.
+
+    Tests, samples and games are nothing but forward passes, so that no hook has to look by itself, and nothing is left
+    at a moment when it may not be.
+    """
+
+    def look(module: nn.Module, inputs: object) -> None:
+        if requested.is_set():
+            raise HookLeft
+
+    watch = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        watch.remove()

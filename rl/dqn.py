@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from envs import games
-from envs.games import Games, Step
+from envs.games import AllGames, Games, Step
 from lab import backbones, seeding
 from lab.backbones import Backbone
 from lab.checkpoint import Checkpoint, Stateful
-from lab.config import Count, Fraction, NonNegative, Settings, UserError
+from lab.config import Count, Fraction, NonNegative, Settings
 from lab.experiment import Every, TrainerConfig
 from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
@@ -222,14 +222,15 @@ class DQNTask:
     """Plays some actions, then learns from one batch, over and over."""
 
     def __init__(self, experiment: DQNExperiment, trainer: Trainer) -> None:
-        if trainer.world.size > 1:
-            raise UserError("train_dqn.py runs as one process; to use more, start one run for each seed")
-        self.experiment, self.config, self.seed = experiment, experiment.dqn, trainer.config.seed
-        self.games: Games = games.make(experiment.game, self.config.games, seeding.derive(self.seed, "games", 0))
+        self.experiment, self.config, self.seed, world = experiment, experiment.dqn, trainer.config.seed, trainer.world
+        self.own = world.part(self.config.games, "dqn.games")
+        """Which of the games this process plays."""
+        self.games: Games = games.make(experiment.game, len(self.own), seeding.derive(self.seed, "games", 0), first=self.own.start)
+        self.all_games = AllGames(self.games, world)
         shape, count = self.games.shape, len(self.games.actions)
         self.facts = {"shape": list(shape), "actions": list(self.games.actions)}
-        check_room(experiment.replay, self.config.games, shape)
-        self.replay = Replay(experiment.replay, self.config.games, shape, self.config.n_step, self.config.discount)
+        check_room(experiment.replay, self.config.games, shape, world)
+        self.replay = Replay(experiment.replay, self.config.games, shape, self.config.n_step, self.config.discount, world)
         torch.manual_seed(seeding.derive(self.seed, "weights", 0))
         network = experiment.network(shape, count)
         self.target = copy.deepcopy(network)
@@ -241,7 +242,7 @@ class DQNTask:
 
     def parts(self) -> Mapping[str, Stateful]:
         """Both networks, the optimiser, the games where they stand, and the memory."""
-        return {**self.learner.parts(), "target": self.target, "games": self.games, "replay": self.replay}
+        return {**self.learner.parts(), "target": self.target, "games": self.all_games, "replay": self.replay}
 
     def hooks(self, trainer: Trainer) -> Sequence[Every]:
         """How far the run is, and how well the agent plays."""
@@ -286,13 +287,15 @@ class DQNTask:
     def play(self, trainer: Trainer) -> dict[str, Tensor | float]:
         """Take `train_every` actions and remember them; returns what the games that ended were worth."""
         first, count = trainer.step * self.config.train_every, self.config.games
+        rows: list[Mapping[str, Any]] = []
         ended: list[tuple[float, int]] = []
         for actions in range(first, first + self.config.train_every, count):
             rate = exploration_rate(self.experiment.exploration, actions, self.config.learning_starts)
             before, chosen = self.games.last, self.explore(trainer, rate, actions)
             after = self.games.step(chosen)
-            self.remember(before, chosen, after)
+            rows.append(self.remembered(before, chosen, after))
             ended += [(float(after.returns[game]), int(after.lengths[game])) for game in np.flatnonzero(after.ended)]
+        self.replay.extend(rows)
         metrics: dict[str, Tensor | float] = {"epsilon": rate}
         if ended:
             metrics |= {"return": sum(score for score, _ in ended) / len(ended), "length": sum(length for _, length in ended) / len(ended)}
@@ -300,34 +303,36 @@ class DQNTask:
 
     @torch.no_grad()
     def explore(self, trainer: Trainer, rate: float, actions: int) -> Any:
-        """An action for every game, int64 (games,)."""
+        """An action for every game that this process plays, int64 (games,); what is drawn is drawn for all."""
         draw = seeding.generator(self.seed, "explore", actions)
         count, kinds = self.config.games, len(self.games.actions)
         if rate >= 1 and not self.experiment.exploration.ladder:
-            return torch.randint(kinds, (count,), generator=draw).numpy()
+            return torch.randint(kinds, (count,), generator=draw)[self.own].numpy()
         observations = torch.from_numpy(self.games.last.observations).to(trainer.world.device)
         with torch.autocast(trainer.world.device.type, torch.bfloat16, enabled=trainer.bf16):
-            values = self.learner.module(observations).cpu()
-        return choose(values, "epsilon", exploration_ladder(self.experiment.exploration, rate, count), draw).numpy()
+            values = torch.zeros(count, kinds)
+            values[self.own] = self.learner.module(observations).cpu()
+        return choose(values, "epsilon", exploration_ladder(self.experiment.exploration, rate, count), draw)[self.own].numpy()
 
-    def remember(self, before: Step, actions: Any, after: Step) -> None:
-        """Store one frame of every game, what was done there and what came of it, under the learner's rules."""
+    def remembered(self, before: Step, actions: Any, after: Step) -> Mapping[str, Any]:
+        """One frame of every game, what was done there and what came of it, under the learner's rules."""
         rewards = np.clip(after.rewards, -1, 1) if self.config.clip_rewards else after.rewards
         terminal = after.terminated | after.life_lost if self.config.life_loss else after.terminated
-        self.replay.append(
-            frames=before.observations[:, -1],
-            actions=actions,
-            rewards=rewards,
-            started=before.started,
-            terminal=terminal,
-            ended=after.ended,
-            playable=~before.ended,
-        )
+        return {
+            "frames": before.observations[:, -1],
+            "actions": actions,
+            "rewards": rewards,
+            "started": before.started,
+            "terminal": terminal,
+            "ended": after.ended,
+            "playable": ~before.ended,
+        }
 
     # Learning
 
     def loss(self, shard: Shard, trainer: Trainer) -> tuple[Tensor, Metrics]:
-        """The mean cost of the errors of a batch, and metrics."""
+        """The mean cost of the errors of a batch, and metrics; each process computes those of the games that it plays."""
+        shard = shard.common(trainer.world)
         beta = self.experiment.replay.beta + (1 - self.experiment.replay.beta) * shard.step / max(1, trainer.config.steps - 1)
         batch = self.replay.sample(shard.count, lambda attempt: shard.uniform(f"replay/{attempt}", 2), beta).to(shard.device)
         with torch.no_grad():
@@ -336,9 +341,9 @@ class DQNTask:
         values = self.learner.module(batch.observations).gather(1, batch.actions[:, None])[:, 0]
         error = goal - values
         self.drawn.append((batch, error.detach()))
-        age = (self.replay.written - batch.times).double().mean() * self.config.games
-        metrics = {"q": values.mean(), "error": error.abs().mean(), "age": age}
-        return (batch.weights * error_cost(error, self.config.loss)).mean(), metrics
+        age = shard.mean((self.replay.written - batch.times).double()) * self.config.games
+        metrics = {"q": shard.mean(values), "error": shard.mean(error.abs()), "age": age}
+        return shard.mean(batch.weights * error_cost(error, self.config.loss)), metrics
 
 
 EXPERIMENT = DQNExperiment()

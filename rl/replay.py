@@ -13,14 +13,16 @@ shorter returns instead of being dropped, and none reaches into the next episode
 `started` and is black before: a lost life does not interrupt it.
 
 Prioritised sampling is the proportional kind of Schaul et al. 2016 (Prioritized Experience Replay, section 3.3).
+
+Where processes play the games in shares, each keeps the frames of its own, nearly all of the bytes, and all that is small of
+every game. So all draw the same transitions, and each puts together those of its own games.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lab.config import Count, Fraction, Settings, UserError
+from lab.distributed import World
 
 log = logging.getLogger("dreamplay")
 
@@ -97,15 +100,15 @@ class Transitions:
 # Room
 
 
-def needed(config: ReplayConfig, games: int, shape: tuple[int, int, int]) -> int:
-    """Bytes that a memory of observations of `shape` (stack, H, W) takes on its device."""
+def needed(config: ReplayConfig, games: int, shape: tuple[int, int, int], processes: int = 1) -> int:
+    """Bytes that a memory of observations of `shape` (stack, H, W) takes on the device of each process that shares the games."""
     cells, pixels = config.capacity // games * games, math.prod(shape[1:])
     numbers = sum(kind.itemsize for name, kind in KINDS.items() if name != "frames")
     tree = 2 * _leaves(cells) * torch.float64.itemsize if config.prioritised else 0
-    return cells * (pixels + numbers) + pixels + tree
+    return (cells // processes + 1) * pixels + cells * numbers + tree
 
 
-def check_room(config: ReplayConfig, games: int, shape: tuple[int, int, int]) -> None:
+def check_room(config: ReplayConfig, games: int, shape: tuple[int, int, int], world: World | None = None) -> None:
     """Log how much a memory will take, before anything is allocated.
 
     Memory that nobody has written to is not really taken yet, so without this a run would die hours later.
@@ -115,11 +118,20 @@ def check_room(config: ReplayConfig, games: int, shape: tuple[int, int, int]) ->
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("replay.device: 'cuda' was asked for and torch finds no GPU; use 'cpu'")
-    need, free = needed(config, games, shape), free_memory(config.device)
-    takes = f"{config.capacity:,} transitions take {_size(need)}"
+    world = world or World()
+    each = f" in each of {world.size} processes" if world.size > 1 else ""
+    need, free = needed(config, games, shape, world.size), _free_for_each(config.device, world)
+    takes = f"{config.capacity:,} transitions take {_size(need)}{each}"
     log.info("replay memory: %s on %s", takes, config.device)
     if free is not None and need > free:
-        raise UserError(f"replay.capacity: {takes} and {_size(free)} of memory are free; {_advice(config, free / need)}")
+        raise UserError(f"replay.capacity: {takes} and {_size(free)} of memory are free{each}; {_advice(config, free / need)}")
+
+
+def _free_for_each(device: str, world: World) -> int | None:
+    """Bytes that every process can still allocate, or None where nobody says; a machine's memory is free for all its processes together."""
+    free = free_memory(device)
+    shares = world.gather(free // world.here if free is not None and device == "cpu" else free)
+    return min((share for share in shares if share is not None), default=None)
 
 
 def _advice(config: ReplayConfig, part: float) -> str:
@@ -252,13 +264,18 @@ class Replay:
         shape: of an observation: stack, H, W.
         n_step: n, the largest number of rewards in a return.
         discount: of the value of a reward one step later.
+        world: the processes that play the games, each as many; one process if not given.
 
     Raises:
         UserError: a capacity too small for the stacks and returns of so many games.
     """
 
-    def __init__(self, config: ReplayConfig, games: int, shape: tuple[int, int, int], n_step: int, discount: float) -> None:
-        self.config, self.games, self.shape, self.n_step = config, games, shape, n_step
+    def __init__(
+        self, config: ReplayConfig, games: int, shape: tuple[int, int, int], n_step: int, discount: float, world: World | None = None
+    ) -> None:
+        self.config, self.games, self.shape, self.n_step, self.world = config, games, shape, n_step, world or World()
+        self.own = self.world.part(games, "games")
+        """The games whose frames are here."""
         self.rows = config.capacity // games
         """T, the rows that are held."""
         self.written = 0
@@ -272,14 +289,15 @@ class Replay:
         self._lags = torch.arange(1 - shape[0], 1, device=self.device)
         self._steps = torch.arange(n_step, device=self.device)
         self._powers = torch.tensor([discount**step for step in range(n_step + 1)], dtype=torch.float64, device=self.device)
+        self._all_frames = self.world.jointly(self._own_frames)
 
     def _allocate(self) -> None:
-        cells, frame = self.rows * self.games, self.shape[1:]
+        cells = {name: self.rows * (len(self.own) if name == "frames" else self.games) for name in KINDS}
         # One frame more than there are cells stays black for ever: stacks point at it from before a game's first frame.
-        sizes = {name: (cells + 1, *frame) if name == "frames" else (cells,) for name in KINDS}
+        sizes = {name: (count + 1, *self.shape[1:]) if name == "frames" else (count,) for name, count in cells.items()}
         self._cells = {name: torch.zeros(size, dtype=KINDS[name], device=self.device) for name, size in sizes.items()}
-        self._rows = {name: cell[:cells].view(self.rows, self.games, *cell.shape[1:]) for name, cell in self._cells.items()}
-        self.tree = SumTree(cells, self.device) if self.config.prioritised else None
+        self._rows = {name: cell[: cells[name]].view(self.rows, -1, *cell.shape[1:]) for name, cell in self._cells.items()}
+        self.tree = SumTree(cells["actions"], self.device) if self.config.prioritised else None
         self.largest = torch.ones((), dtype=torch.float64, device=self.device)
         """The largest priority so far, which new transitions get."""
 
@@ -300,6 +318,13 @@ class Replay:
 
     # Writing
 
+    def extend(self, rows: Sequence[Mapping[str, NDArray[Any]]]) -> None:
+        """Remember several time rows, each as `append` takes it, of this process's games; what is small of the others' comes to it here."""
+        names = [name for name in KINDS if name != "frames"]
+        small = torch.tensor(np.array([[row[name] for name in names] for row in rows], np.float32))  # which holds all of it exactly
+        for row, known in zip(rows, self.world.beside(small).numpy()):
+            self.append(frames=row["frames"], **dict(zip(names, known)))
+
     def append(
         self,
         *,
@@ -314,7 +339,7 @@ class Replay:
         """Remember one time row of every game.
 
         Args:
-            frames: the newest frame of each game, uint8 (N, H, W).
+            frames: the newest frame of each game that is this process's, uint8 (M, H, W).
             actions: what was then done, 0 to 255 (N,).
             rewards: what that brought, float32 (N,).
             started: the frame is the first of a game (N,).
@@ -350,13 +375,15 @@ class Replay:
     def reprioritise(self, batch: Transitions, errors: Tensor) -> None:
         """Set the priorities of a batch by its errors, finite, of either sign (B,), on any device; where sampling is uniform, do nothing.
 
-        What may no longer be sampled keeps no priority. Of a transition that is in the batch twice the larger error counts.
+        What may no longer be sampled keeps no priority. Of a transition that is in the batch twice the larger error counts. Processes
+        tell each other of what they drew: all have all priorities.
         """
         if self.tree is None:
             return
-        times, games = batch.times.to(self.device), batch.games.to(self.device)
-        leaves = self._index(times, games)
-        masses = (errors.detach().to(self.device, torch.float64).abs() + SMALLEST_ERROR) ** self.config.alpha
+        drawn = torch.stack([batch.times.double(), batch.games.double(), errors.detach().double()])
+        times, games, errors = self.world.joined(drawn).to(self.device)
+        times, leaves = times.long(), self._index(times.long(), games.long())
+        masses = (errors.abs() + SMALLEST_ERROR) ** self.config.alpha
         present = self.tree.masses.index_select(0, leaves)
         live = (present > 0) & (times >= self.first)
         self.tree.set(leaves, torch.where(live, masses, present))
@@ -369,6 +396,8 @@ class Replay:
 
         Uniformly, or prioritised: one from each of `batch` equal parts of the total mass, with importance weights
         (sampleable * P(i))^-beta over the largest of the batch (Schaul et al. 2016, section 3.4 and algorithm 1).
+
+        All processes draw the same ones; each has those of its own games.
 
         Args:
             draw: where uniform, the first column picks the time and the second the game, and an attempt more is made for
@@ -385,7 +414,7 @@ class Replay:
         times = (self.written - 1) - (self.written - 1 - leaves // self.games) % self.rows
         masses = self.tree.masses.index_select(0, leaves)
         weights = (masses.min() / masses) ** beta  # the count and the total mass are the same above and below the line
-        return dataclasses.replace(self.gather(times, leaves % self.games), weights=weights.float())
+        return self.gather(times, leaves % self.games, weights.float())
 
     def _uniform(self, batch: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """Times and games (B,), drawn again where no action was taken: every transition is as likely as any other."""
@@ -409,13 +438,16 @@ class Replay:
         strata = torch.arange(len(uniforms), device=self.device)
         return tree.find((strata + uniforms) / len(uniforms) * tree.total)
 
-    def gather(self, times: Tensor, games: Tensor) -> Transitions:
-        """The transitions that begin at times int64 (B,), within `first .. first + filled`, of games int64 (B,)."""
+    def gather(self, times: Tensor, games: Tensor, weights: Tensor | None = None) -> Transitions:
+        """The transitions that begin at times int64 (B,), within `first .. first + filled`, of games int64 (B,); those of its own games."""
         times, games = times.to(self.device), games.to(self.device)
+        weights = torch.ones(len(times), device=self.device) if weights is None else weights
+        if self.world.size > 1:
+            own = (games >= self.own.start) & (games < self.own.stop)
+            times, games, weights = times[own], games[own], weights[own]
         taken, returns, discounts = self._ahead(times, games)
         observations, next_observations = self._stacks(torch.stack([times, times + taken]), games).unbind(0)
         actions = self._take("actions", self._index(times, games)).long()
-        weights = torch.ones_like(returns)
         return Transitions(observations, actions, returns, next_observations, discounts, weights, times, games)
 
     def _ahead(self, times: Tensor, games: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -432,15 +464,14 @@ class Replay:
     def _stacks(self, newest: Tensor, games: Tensor) -> Tensor:
         """Observations uint8 (..., B, stack, H, W) at times int64 (..., B)."""
         times = newest[..., None] + self._lags
-        index = self._index(times, games[:, None])
-        started = self._take("started", index).long()
+        started = self._take("started", self._index(times, games[:, None])).long()
         newer = started.flip(-1).cumsum(-1).flip(-1) - started  # first frames among those that come later in the stack
         black = (newer > 0) | (times < 0)
-        index = index.masked_fill(black, self.rows * self.games)
-        return self._take("frames", index)
+        index = times % self.rows * len(self.own) + (games[:, None] - self.own.start)
+        return self._take("frames", index.masked_fill(black, self.rows * len(self.own)))
 
     def _index(self, times: Tensor, games: Tensor) -> Tensor:
-        """Where cells lie in the flat arrays."""
+        """Where cells lie in the flat arrays, but that of the frames."""
         return times % self.rows * self.games + games
 
     def _take(self, name: str, index: Tensor) -> Tensor:
@@ -458,14 +489,22 @@ class Replay:
         """
         if not self.oldest <= first <= last <= self.written:
             raise ValueError(f"rows {first} to {last} were asked for and {self.oldest} to {self.written} are held")
-        places = torch.arange(first, last, device=self.device) % self.rows
-        return {name: kept.index_select(0, places).cpu() for name, kept in self._rows.items()}
+        frames = self._all_frames(first, last)
+        small = {name: self._read(name, first, last) for name in KINDS if name != "frames"}
+        return {"frames": frames[0] if len(frames) == 1 else torch.cat(frames, 1), **small}
+
+    def _own_frames(self, first: int, last: int) -> Tensor:
+        return self._read("frames", first, last)
+
+    def _read(self, name: str, first: int, last: int) -> Tensor:
+        return self._rows[name].index_select(0, torch.arange(first, last, device=self.device) % self.rows).cpu()
 
     def write(self, first: int, rows: Mapping[str, Tensor]) -> None:
         """Put back what `read` gave, from time `first` on; `load_state_dict` must follow when all is written."""
         places = torch.arange(first, first + len(rows["frames"]), device=self.device) % self.rows
         for name, kept in self._rows.items():
-            kept.index_copy_(0, places, rows[name].to(self.device))
+            columns = rows[name][:, self.own.start : self.own.stop] if name == "frames" else rows[name]
+            kept.index_copy_(0, places, columns.to(self.device))
 
     def state_dict(self) -> dict[str, Any]:
         """All that is not in the rows: their number, and the priorities."""

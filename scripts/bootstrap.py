@@ -18,6 +18,9 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 def main(extras: list[str]) -> int:
     """Bring .venv up to date with pyproject.toml and constraints.txt."""
+    if {"-h", "--help"} & set(extras):
+        print(__doc__)
+        return 0
     if sys.version_info < (3, 11):
         print(f"Dreamplay needs Python 3.11 or newer, this is {sys.version.split()[0]}; try: make PYTHON=python3.12", file=sys.stderr)
         return 2

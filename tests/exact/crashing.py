@@ -29,8 +29,10 @@ from torch import nn
 from lab import checkpoint, launch, runs, status
 from lab.experiment import Experiment, TrainerConfig
 from lab.optimizer import OptimizerConfig
+from lab.recorder import speak
 from lab.runs import Run
 from lab.tracking import TrackingConfig
+from lab.trainer import STOPPED
 
 REAL = SimpleNamespace(
     open=io.open, save_file=checkpoint.save_file, rename=os.rename, unlink=os.unlink, rmdir=os.rmdir, truncate=os.truncate
@@ -444,8 +446,13 @@ def examine(run: Run, reference: Run, default: Experiment, options: Sequence[str
     if run.rows() != reference.rows()[: len(run.rows())]:
         problems.append("other rows")
     found = checkpoint.load_newest(run.checkpoints)
-    if start_or_resume(default, run, options):
-        problems.append("did not go on")
+    if (code := start_or_resume(default, run, options)) == STOPPED:
+        raise SystemExit("a signal asked this process to stop: the map is not drawn to its end")
+    elif code:
+        problems.append(f"did not go on: exit code {code}")
+    commands, command = ((place.folder / "command.txt").read_text().splitlines() for place in (run, reference))
+    if set(commands) != set(command):
+        problems.append("command.txt")
     here, there = contents(run.folder, HISTORY), contents(reference.folder, HISTORY)
     if (
         found and found.step == reference.rows()[-1]["step"]
@@ -458,7 +465,9 @@ def examine(run: Run, reference: Run, default: Experiment, options: Sequence[str
     return found.step if found else 0, problems
 
 
-def whole_run(folder: Path, default: Experiment, options: Sequence[str] = (), damaged: bool = False, without: str = ".") -> dict[str, Any]:
+def whole_run(
+    folder: Path, default: Experiment, options: Sequence[str] = (), damaged: bool = False, without: str = ".", power: bool = False
+) -> dict[str, Any]:
     """A map of a whole run; with `damaged`, of its resumption from a newest checkpoint that is damaged."""
     reference, base, run = Run(folder / "reference"), folder / "base", Run(folder / "run")
     base.mkdir()
@@ -473,7 +482,7 @@ def whole_run(folder: Path, default: Experiment, options: Sequence[str] = (), da
     for index in range(len(names) + 1):
         shutil.rmtree(run.folder, ignore_errors=True)
         shutil.copytree(base, run.folder)
-        ended = crashed(run.folder, lambda: start_or_resume(default, run, options), index, without=without)
+        ended = crashed(run.folder, lambda: start_or_resume(default, run, options), index, power, without)
         step, problems = examine(run, reference, default, options)
         newest.append(step)
         if ended != (-9 if index < len(names) else 0) or problems:
@@ -496,6 +505,8 @@ MAPS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "growing-power": lambda folder: saves(folder, growing=True, power=True),
     "first-power": lambda folder: saves(folder, growing=True, power=True, first=True),
     "run-files": lambda folder: whole_run(folder, SMALL, without="checkpoints"),
+    "run-files-power": lambda folder: whole_run(folder, SMALL, without="checkpoints", power=True),
+    "run-power": lambda folder: whole_run(folder, SMALL, power=True),
     "resume-files": lambda folder: whole_run(folder, SMALL, damaged=True, without="checkpoints"),
     "run": lambda folder: whole_run(folder, SMALL),
     "resume": lambda folder: whole_run(folder, SMALL, damaged=True),
@@ -506,6 +517,7 @@ MAPS: dict[str, Callable[[Path], dict[str, Any]]] = {
 def main(folder: Path, *maps: str) -> None:
     """Draw some maps."""
     torch.set_num_threads(1)
+    speak()  # or warnings of damage, which are to be, would go to stderr, where there must be nothing
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # a killed process loses nothing that it wrote, and a power cut is only played
     runs._git = lambda *words: None  # which takes longer than all the rest
     launch._draw = lambda *run: None  # as does matplotlib; the plot is drawn anew at every end

@@ -22,8 +22,8 @@ from lab.checkpoint import DamagedCheckpoint
 from .conftest import ROOT, fingerprint, finish
 from .test_dqn import CATCH, command
 
-QUICK = ("growing", "growing-power", "first-power", "run-files")
-SLOW = ("plain", "plain-power", "first", "resume-files", "run", "resume", "agent")
+QUICK = ("growing", "growing-power", "first-power", "run-files", "run-files-power")
+SLOW = ("plain", "plain-power", "first", "resume-files", "run", "run-power", "resume", "agent")
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +82,15 @@ def test_a_save_cut_off_anywhere_leaves_the_old_checkpoint_or_the_new_one(quick:
     check_save(name, *read(quick, name, record_property))
 
 
-def test_a_run_cut_off_anywhere_goes_on_and_ends_as_if_nothing_had_been(quick: Path, record_property) -> None:
-    points, newest = read(quick, "run-files", record_property)
+@pytest.mark.parametrize("name", QUICK[3:])
+def test_a_run_cut_off_anywhere_goes_on_and_ends_as_if_nothing_had_been(quick: Path, name: str, record_property) -> None:
+    points, newest = read(quick, name, record_property)
     assert newest == sorted(newest)
     assert set(newest) == {0, 1, 2, 3}
-    for file in ("config.yaml", "environment.json"):
+    for file in ("config.yaml", "command.txt", "environment.json"):
+        assert f"before fsync .{file}" in points
         assert f"after replace {file}" in points
-    for file in ("metrics.jsonl", "timing.jsonl", "command.txt", "owner.json"):
+    for file in ("metrics.jsonl", "timing.jsonl", "owner.json"):
         assert f"within write {file}" in points
     assert "after truncate metrics.jsonl" in points
 

@@ -118,6 +118,16 @@ def test_every_start_is_added_and_the_id_stays(monkeypatch):
     assert Run(RUNS / "vae" / "b").identity != first
 
 
+def test_a_command_that_a_kill_cut_short_is_not_joined_by_the_next_one():
+    run = made("vae/a")
+    commands = run.folder / "command.txt"
+    commands.write_bytes("python train.py --name é\npython train.py --name é".encode()[:-1])
+    note_start(run, {})
+    first, second = commands.read_text(encoding="utf-8").splitlines()
+    assert first == "python train.py --name é"
+    assert second.endswith("scripts/train_vae.py --name 'two words'")
+
+
 def test_no_environment_variable_gets_into_a_run(monkeypatch):
     for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "SOME_TOKEN", "LAB_DATA"):
         monkeypatch.setenv(name, "canary-4711")

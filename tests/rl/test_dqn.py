@@ -621,9 +621,9 @@ def test_rounds_that_cannot_be_shared_by_the_games_are_refused(capsys):
     assert "train_every must be a multiple of games, and 12 is none of 8" in capsys.readouterr().err
 
 
-def test_several_processes_are_refused():
-    with pytest.raises(UserError, match="runs as one process; to use more, start one run for each seed"):
-        Trainer(DQNExperiment(game=GameConfig(name="catch")), World(rank=0, size=2))
+def test_games_that_processes_cannot_share_evenly_are_refused():
+    with pytest.raises(UserError, match=r"^dqn.games: 8 cannot be cut into equal parts for 3 processes; give a multiple of 3$"):
+        Trainer(DQNExperiment(game=GameConfig(name="catch")), World(rank=0, size=3))
 
 
 # Drawing by surprise

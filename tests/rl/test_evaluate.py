@@ -92,7 +92,7 @@ class Uneven(Games):
 def uneven(monkeypatch):
     """The uneven games that were made, in place of any others."""
     made = []
-    monkeypatch.setattr(envs.games, "make", lambda config, count, seed, *_: made.append(Uneven(count, seed % 1000)) or made[-1])
+    monkeypatch.setattr(envs.games, "make", lambda config, count, seed, *_, **__: made.append(Uneven(count, seed % 1000)) or made[-1])
     return made
 
 
@@ -148,7 +148,7 @@ def test_a_seed_gives_the_same_games_and_another_seed_others():
 
 def test_the_games_of_a_test_are_neither_those_of_the_training_nor_those_of_another_test(monkeypatch):
     seeds = []
-    monkeypatch.setattr(envs.games, "make", lambda config, count, seed, *_: seeds.append(seed) or Uneven(count, 0))
+    monkeypatch.setattr(envs.games, "make", lambda config, count, seed, *_, **__: seeds.append(seed) or Uneven(count, 0))
     dqn = DQNConfig(backbone="small", hidden=4)
     experiment = DQNExperiment(dqn=dqn, replay=ReplayConfig(capacity=100), trainer=TrainerConfig(seed=1), test=TestConfig(video_every=0))
     trainer = Trainer(experiment, World())
