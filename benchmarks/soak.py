@@ -307,16 +307,16 @@ def sampled(process: subprocess.Popen[bytes], seconds: float) -> list[tuple[floa
 
 
 def settled(samples: Sequence[tuple[float, Held]]) -> dict[str, Any]:
-    """What has grown from the second third of the time to the last one.
+    """What has grown in the second half of the time; what a run needs at all comes in the first.
 
-    Saves, films and W&B come and go with files and processes of their own, so that the least of each third is compared.
-    Memory is taken as the mean of each of twenty stretches after the first third, which are nearly independent.
+    Saves, films and W&B come and go with files and processes of their own, so that the least of each quarter is compared.
+    Memory is taken as the mean of each of twenty stretches, which are nearly independent.
     """
-    thirds = np.array_split(np.arange(len(samples)), 3)
+    quarters = np.array_split(np.arange(len(samples)), 4)
     minutes, resident = np.array([[at / 60, state.megabytes] for at, state in samples]).T
-    least = {name: [min(getattr(samples[i][1], name) for i in third) for third in thirds] for name in ("files", "threads", "children")}
-    grown = {name: values[2] - values[1] for name, values in least.items()}
-    stretches = np.array_split(np.concatenate(thirds[1:]), 20)
+    least = {name: [min(getattr(samples[i][1], name) for i in part) for part in quarters] for name in ("files", "threads", "children")}
+    grown = {name: values[3] - values[1] for name, values in least.items()}
+    stretches = np.array_split(np.concatenate(quarters[2:]), 20)
     line = slope([minutes[part].mean() for part in stretches], [resident[part].mean() for part in stretches])
     kept = all(number <= 0 for number in grown.values()) and line.value <= DRIFT
     return {"kept": bool(kept), "grown": grown, "least": least, "slope": asdict(line), "budget": DRIFT, "peak": float(resident.max())}

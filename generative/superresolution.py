@@ -117,6 +117,10 @@ def psnr(made: Tensor, images: Tensor) -> Tensor:
     return -10 * error.clamp(min=1e-10).log10()
 
 
+WINDOW = 11
+"""Pixels a side of SSIM's window."""
+
+
 def ssim(made: Tensor, images: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004, equation 13), (N,), of images (N, C, H, W) in [0, 1], at least 11 pixels a side.
 
@@ -207,6 +211,8 @@ class SuperResolution(Generator):
         super().__init__()
         if shape[1] % config.factor or shape[2] % config.factor:
             raise UserError(f"data.image_size: {shape[1]} x {shape[2]} pixels cannot be divided by model.factor {config.factor}")
+        if min(shape[1:]) < WINDOW:
+            raise UserError(f"data.image_size: {shape[1]} x {shape[2]} pixels are too few to judge by SSIM; give at least {WINDOW}")
         self.config, self.shape, self.classes, self.latent = config, shape, classes, 0
         width, doublings = config.channels, {2: 1, 4: 2}[config.factor]
         self.layers = nn.Sequential(

@@ -137,7 +137,7 @@ def save(root: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[st
     final, temporary = root / f"step_{step:09d}", root / f".step_{step:09d}.{os.getpid()}"
     root.mkdir(parents=True, exist_ok=True)
     if not folders(root):
-        _flush(root.parent)  # or the first checkpoint could go with its whole folder when the power is cut
+        flush(root.parent)  # or the first checkpoint could go with its whole folder when the power is cut
     for leftover in root.glob(".step_*"):  # of a process that was killed inside a save
         shutil.rmtree(leftover)
     try:
@@ -150,7 +150,7 @@ def save(root: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[st
         shutil.rmtree(temporary, ignore_errors=True)
         _drop_segments(root, folders(root))
         raise
-    _flush(root)
+    flush(root)
     # Later ones can only be damaged, or the run would have gone on from them.
     kept = [folder for folder in folders(root) if folder.name <= final.name][:keep]
     for folder in set(folders(root)) - set(kept):
@@ -170,7 +170,7 @@ def _grow(root: Path, step: int, name: str, part: Growing) -> list[Segment]:
         last = min(part.written, first + max(1, SEGMENT // row))
         known.append(_write_segment(folder, f"{name}_{first:012d}_{last:012d}.safetensors", first, last, part.read(first, last)))
         first = last
-    _flush(folder)
+    flush(folder)
     return known
 
 
@@ -186,7 +186,7 @@ def _known(root: Path, step: int, name: str) -> list[Segment]:
 def _write_segment(folder: Path, file: str, first: int, last: int, rows: dict[str, Tensor]) -> Segment:
     temporary = folder / f".{file}"
     _save_tensors(rows, temporary)
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, folder / file)  # of a process that was killed before its checkpoint was whole
     return Segment(file, first, last, _digest(folder / file))
 
@@ -234,10 +234,10 @@ def _write(
     manifest = {"step": step, "notes": dict(notes), "sha256": digests, "segments": grown}
     (folder / "manifest.json").write_text(json.dumps({"manifest": manifest, "sha256": _digest_json(manifest)}))
     for path in (*folder.iterdir(), folder):
-        _flush(path)
+        flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file's or folder's content is on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

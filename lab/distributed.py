@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -203,13 +204,15 @@ def join(device: str, threads: int, deterministic: bool) -> World:
         return World(device=where)
     store, rank, size = next(rendezvous("env://"))
     dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
-    atexit.register(_hang_up)  # at an error too, or its threads would abort the process in the middle of its end
+    atexit.register(_hang_up)
     return World(rank, size, where, local_size, store)
 
 
 def _hang_up() -> None:
+    """End the communication and its threads, which last until no model holds them; one that outlived Python would abort the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()
 
 
 def _keep_freed_memory() -> None:

@@ -210,9 +210,9 @@ def _replace(path: Path, content: str) -> None:
 
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(content, encoding="utf-8")
-    checkpoint._flush(temporary)
+    checkpoint.flush(temporary)
     os.replace(temporary, path)
-    checkpoint._flush(path.parent)
+    checkpoint.flush(path.parent)
 
 
 def note_start(run: Run, facts: dict[str, Any]) -> None:

@@ -51,6 +51,9 @@ LESSONS = (
 
 def main() -> int:
     """Train, draw and judge every lesson, then say where everything is."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return 0
     speak()
     began, name = time.monotonic(), images()
     table = Table(title="What was learnt", title_justify="left")

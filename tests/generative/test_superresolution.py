@@ -191,6 +191,11 @@ def test_a_factor_that_does_not_divide_the_images_is_refused() -> None:
         network(side=18, factor=4)
 
 
+def test_images_too_small_to_be_judged_are_refused() -> None:
+    with pytest.raises(UserError, match=r"8 x 8 pixels are too few to judge by SSIM; give at least 11"):
+        network(side=8, factor=2)
+
+
 def test_noise_is_refused() -> None:
     net = network()
     assert net.latent == 0

@@ -314,7 +314,7 @@ def test_saves_that_fail_leave_no_rows_behind(tmp_path, monkeypatch):
 
     diary = Diary().grow(5)
     keep_diary(tmp_path, 1, diary)
-    for place in ("_write", "_flush"):
+    for place in ("_write", "flush"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, place, full)
             for step in (2, 3, 4):
