@@ -36,7 +36,14 @@ figures: setup  ## the benchmarks of the README (hours on 2 cores)
 	$(RUN) benchmarks/scoreboard.py --train
 	$(RUN) benchmarks/studio.py
 	$(RUN) benchmarks/sweep.py
+	$(RUN) benchmarks/soak.py
+	$(RUN) benchmarks/saving.py
 	$(RUN) benchmarks/machines.py --rounds 3  # as root
+	$(RUN) benchmarks/replay.py
+	$(RUN) benchmarks/peers.py
+	$(RUN) benchmarks/startup.py
+	$(RUN) benchmarks/growth.py
+	$(RUN) benchmarks/leaderboard.py
 
 setup:
 	@$(PYTHON) scripts/bootstrap.py

@@ -5,8 +5,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import gc
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -209,10 +209,11 @@ def join(device: str, threads: int, deterministic: bool) -> World:
 
 
 def _hang_up() -> None:
-    """End the communication and its threads, which last until no model holds them; one that outlived Python would abort the process."""
+    """End the communication. Its threads stay, as torch's models hold them for ever: one that still lets go of a tensor when Python ends
+    would abort the process, so they are given a moment."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    gc.collect()
+        time.sleep(0.1)
 
 
 def _keep_freed_memory() -> None:

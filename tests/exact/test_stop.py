@@ -164,6 +164,7 @@ def test_a_hook_that_a_stop_cut_off_is_done_again_and_the_rest_is_the_same(
     assert recorded(run) == [2, 3, 4]
     go_on((1, second))  # after the last pass there is nothing to leave any more
     assert saved(run) == (6, False)
+    go_on(expect=0)
     assert fingerprint(run.folder) == fingerprint(whole.folder)
     assert kept(run) == kept(whole)
     if "replay" in checkpoint.load(checkpoint.folders(run.checkpoints)[0]).segments:
