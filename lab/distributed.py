@@ -209,8 +209,10 @@ def join(device: str, threads: int, deterministic: bool) -> World:
 
 
 def _hang_up() -> None:
-    """End the communication. Its threads stay, as torch's models hold them for ever: one that still lets go of a tensor when Python ends
-    would abort the process, so they are given a moment."""
+    """End the communication; its threads, which torch never joins once there was a data-parallel model, get a moment to come to rest.
+
+    One that lets go of its last tensor while Python ends would abort the process.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
         time.sleep(0.1)

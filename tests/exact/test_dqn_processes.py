@@ -171,8 +171,8 @@ def kill(processes: list[subprocess.Popen[str]]) -> bool:
 def test_two_processes_killed_inside_a_save_end_with_the_bits_of_those_that_were_not(double: Path, tmp_path: Path) -> None:
     chance, run = random.Random(3), tmp_path / "run"
     words = command(SETTINGS, "--run-dir", "run")
-    for _ in range(6):
-        inside = kill_inside_a_save(words, run, chance.uniform(0, 0.004))
+    for _ in range(12):  # a save is soon over
+        inside = kill_inside_a_save(words, run, chance.uniform(0, 0.002))
         words = command(SETTINGS, "--resume", "run")
         if inside:
             break

@@ -431,7 +431,7 @@ def test_a_run_that_is_not_there_is_missed(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("nowhere", "latest"):
         code, printed = call(name=name)
-        assert (code, "no dqn or sb3 run here" in printed) == (2, True)
+        assert (code, "no dqn or pqn or sb3 run here" in printed) == (2, True)
 
 
 def test_help_teaches_and_loads_nothing_heavy():

@@ -99,7 +99,7 @@ BAD_INPUT = [
     ("watch.py", ["dqn", "--checkpoint", "7"], "40"),
     ("watch.py", ["dqn", "--policy", "sampled"], "take epsilon or greedy"),
     ("watch.py", ["dqn", "--out", "film.avi"], ".mp4"),
-    ("watch.py", ["nowhere"], "no dqn or sb3 run here"),
+    ("watch.py", ["nowhere"], "no dqn or pqn or sb3 run here"),
     ("evaluate.py", ["dqn", "--policy", "sampled"], "take epsilon or greedy"),
     ("evaluate.py", [], "give a run to judge"),
     ("sample.py", ["dqn"], "a run of 'dqn'"),
