@@ -65,6 +65,7 @@ def test_two_processes_have_the_losses_of_one(single: Path, tmp_path: Path) -> N
     assert_same(tmp_path / "run", single)
 
 
+@pytest.mark.slow
 def test_a_run_goes_from_one_process_to_two_and_back(single: Path, tmp_path: Path) -> None:
     for steps, processes in (("10", 1), ("20", 2), ("30", 1)):
         start_or_resume = "--resume" if (tmp_path / "run").exists() else "--run-dir"

@@ -262,7 +262,7 @@ def test_a_run_goes_on_exactly_from_any_round(game, tmp_path):
     assert (whole.task.games.last.observations == again.task.games.last.observations).all()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_catch_is_learnt(seed, tmp_path):
     words = ["configs/rl/pqn_catch.yaml", "--run-dir", str(tmp_path / "run"), "--tracking.mode", "disabled", "--trainer.seed", str(seed)]
     with contextlib.chdir(ROOT):
