@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import json
+import mmap
 import random
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def test_what_a_run_leaves_behind_is_noticed(soak: ModuleType, leak: str, tmp_pa
         elif leak == "children":
             kept.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))
         else:
-            kept.append(np.ones(4 << 17))  # 4 MB
+            kept.append(mmap.mmap(-1, 4 << 20))  # from the system itself: what tests before this one have freed would serve an array
+            kept[-1].write(b"x" * (4 << 20))
 
     monkeypatch.setattr(soak, "one_run", leave)
     monkeypatch.setattr(gc, "collect", lambda: 0)  # there is nothing to collect, and much to look through
