@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,12 +228,13 @@ def make(config: GameConfig, count: int, seed: int, colour: bool = False, first:
 class AllGames:
     """The games of all processes as a part of a checkpoint: as if one had played them all, so that any number can go on with them."""
 
-    def __init__(self, games: Games, world: World) -> None:
+    def __init__(self, games: Games, world: World, standing: Callable[[], dict[str, Any]] | None = None) -> None:
         """Args:
         games: those of this process, one after the other among all.
+        standing: their state, where it is not the newest that is to be kept.
         """
         self.games, self.count = games, games.count * world.size
-        self._states = world.jointly(games.state_dict)
+        self._states = world.jointly(standing or games.state_dict)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all games."""

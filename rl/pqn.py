@@ -6,14 +6,18 @@
 What makes this stable is layer normalisation, over the channels of each place, before every ReLU; fresh experience from many
 games side by side stands in for the memory. The returns are Peng's Q(lambda): they go on after an exploring action.
 
-A step of the trainer is a round: `n_steps` actions in each game, then `epochs` passes. Where a game is over (or a life lost)
+A step of the trainer is a round: `n_steps` actions in each game, then `epochs` passes; or both at once (`overlap`), where the next
+round is played, by a copy of the weights, while this one is learnt from. Where a game is over (or a life lost)
 nothing follows, G_t = r_t; where it was broken off for its length, and at the end of the round, the value of what was seen
 last stands for what would have come. The action after an end is ignored by the game and learnt from by nobody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -60,6 +64,8 @@ class PQNConfig(Settings):
     """What a point is worth one action later."""
     trace: Fraction = 0.65
     """Lambda: 0 trusts the value of the next state, 1 only the rewards."""
+    overlap: bool = False
+    """Play the next round while this one is learnt from, each on half of the threads: more actions a second, by weights a round older."""
     life_loss: bool = True
     """A lost life ends the episode for the learner, not the game."""
     clip_rewards: bool = True
@@ -162,8 +168,18 @@ def lambda_returns(rewards: Tensor, terminal: Tensor, ended: Tensor, values: Ten
 
 
 @dataclass(frozen=True)
+class Played:
+    """What this process played in a round of T steps: its n games after T + 1 steps, T actions int64 (n,), T + 1 best values (n,)."""
+
+    steps: Sequence[Step]
+    actions: Sequence[Tensor]
+    values: Sequence[Tensor]
+    exploration: float
+
+
+@dataclass(frozen=True)
 class Round:
-    """What was played in a round of T steps: by the n games of this process, flat, and which of it all processes learn from."""
+    """What is learnt from in a round of T steps: by the n games of this process, flat, and which of it all processes learn from."""
 
     observations: Tensor
     """uint8 (T * n, stack, H, W)."""
@@ -184,16 +200,24 @@ class PQNTask:
         """Which of the games this process plays."""
         seed = seeding.derive(self.seed, "games", 0)
         self.games: Games = games.make(experiment.game, len(self.own), seed, first=self.own.start)
-        self.all_games = AllGames(self.games, self.world)
+        self.all_games = AllGames(self.games, self.world, self.standing)
         self.facts = {"shape": list(self.games.shape), "actions": list(self.games.actions)}
         torch.manual_seed(seeding.derive(self.seed, "weights", 0))
         self.learner = trainer.learner(experiment.network(self.games.shape, len(self.games.actions)), experiment.optimizer)
         self.tester = Tester(experiment.game, experiment.test, self.seed, experiment.usual_policy)
+        self.ahead: tuple[Played, dict[str, Any]] | None = None
+        """The round that is learnt from next, where it has been played, and the games as they stood before it."""
+        self.actor = copy.deepcopy(self.learner.module) if self.config.overlap else None
+        self.player = ThreadPoolExecutor(1, "player")
         self.games.reset()
 
     def parts(self) -> Mapping[str, Stateful]:
-        """The network, the optimiser and the games where they stand."""
-        return {**self.learner.parts(), "games": self.all_games}
+        """The network, the optimiser, the games where they stand, and the weights that play where those are older."""
+        return {**self.learner.parts(), "games": self.all_games} | ({"actor": self.actor} if self.actor else {})
+
+    def standing(self) -> dict[str, Any]:
+        """The games of this process, before a round that was played ahead: a resumed run plays it again."""
+        return self.ahead[1] if self.ahead else self.games.state_dict()
 
     def hooks(self, trainer: Trainer) -> Sequence[Every]:
         """How far the run is, and how well the agent plays."""
@@ -219,30 +243,34 @@ class PQNTask:
             return self.tester(QAgent(network, trainer.world.device), trainer)
 
     def step(self, trainer: Trainer) -> Metrics:
-        """A round: play, compute the returns, some passes through all of it."""
-        played, scores = self.play(trainer)
-        metrics = Window()
-        for number in range(self.config.epochs):
-            for chosen in self.batches(played, trainer, number):
-                metrics.add(trainer.minimise(self.learner, partial(self.loss, played=played, rows=chosen), self.config.batch_size))
-        return {name: total / metrics.counts[name] for name, total in metrics.sums.items()} | scores
+        """A round: play, then learn; or learn from what was played ahead while the next round is played."""
+        if self.actor is None:
+            return self.learn(self.play(self.learner.module, trainer.step, trainer), trainer)
+        with threads_halved(trainer.world.device):
+            played = self.ahead[0] if self.ahead else self.play(self.actor, trainer.step, trainer)
+            standing = self.games.state_dict()
+            self.actor.load_state_dict(self.learner.module.state_dict())
+            playing = self.player.submit(self.play, self.actor, trainer.step + 1, trainer)
+            metrics = self.learn(played, trainer)
+            self.ahead = playing.result(), standing
+        return metrics
 
     # Playing
 
     @torch.no_grad()
-    def play(self, trainer: Trainer) -> tuple[Round, dict[str, float]]:
-        """Take `n_steps` actions in every game; returns them, and what the games that ended were worth."""
-        rate = exploration_rate(self.experiment.exploration, trainer.step * self.actions_per_round, 0)
+    def play(self, network: nn.Module, number: int, trainer: Trainer) -> Played:
+        """Take the `n_steps` actions of a round in every game that is this process's."""
+        rate = exploration_rate(self.experiment.exploration, number * self.actions_per_round, 0)
         steps, chosen, best = [self.games.last], [], []
         # One context for the whole round, so that autocast converts the weights once.
         with torch.autocast(trainer.world.device.type, torch.bfloat16, enabled=trainer.bf16):
-            for number in range(self.config.n_steps + 1):
-                values = self.learner.module(torch.from_numpy(steps[-1].observations).to(trainer.world.device)).cpu()
+            for time in range(self.config.n_steps + 1):
+                values = network(torch.from_numpy(steps[-1].observations).to(trainer.world.device)).cpu()
                 best.append(values.amax(1))
-                if number < self.config.n_steps:
-                    chosen.append(self.explore(values, rate, trainer.step * self.config.n_steps + number))
+                if time < self.config.n_steps:
+                    chosen.append(self.explore(values, rate, number * self.config.n_steps + time))
                     steps.append(self.games.step(chosen[-1].numpy()))
-        return self.learnt_from(steps, chosen, torch.stack(best)), {"epsilon": rate} | scores(steps[1:])
+        return Played(steps, chosen, best, rate)
 
     def explore(self, values: Tensor, rate: float, number: int) -> Tensor:
         """An action for every game that this process plays, int64 (n,); what is drawn is drawn for all."""
@@ -251,19 +279,28 @@ class PQNTask:
         everybodys[self.own] = values
         return choose(everybodys, "epsilon", rates, seeding.generator(self.seed, "explore", number))[self.own]
 
-    def learnt_from(self, steps: Sequence[Step], chosen: Sequence[Tensor], values: Tensor) -> Round:
+    # Learning
+
+    def learn(self, played: Played, trainer: Trainer) -> Metrics:
+        """Some passes through a round; metrics of the updates, and of the games that ended in it."""
+        learnt, metrics = self.learnt_from(played), Window()
+        for number in range(self.config.epochs):
+            for chosen in self.batches(learnt, trainer, number):
+                metrics.add(trainer.minimise(self.learner, partial(self.loss, played=learnt, rows=chosen), self.config.batch_size))
+        means = {name: total / metrics.counts[name] for name, total in metrics.sums.items()}
+        return means | {"epsilon": played.exploration} | scores(played.steps[1:])
+
+    def learnt_from(self, played: Played) -> Round:
         """The round as the learner sees it."""
-        before, after, config = steps[:-1], steps[1:], self.config
+        before, after, config = played.steps[:-1], played.steps[1:], self.config
         rewards = stacked([step.rewards for step in after])
         terminal = stacked([step.terminated | step.life_lost if config.life_loss else step.terminated for step in after])
         ended = stacked([step.ended for step in after])
         rewards = rewards.clamp(-1, 1) if config.clip_rewards else rewards
-        returns = lambda_returns(rewards, terminal, ended, values, config.discount, config.trace)
+        returns = lambda_returns(rewards, terminal, ended, torch.stack(list(played.values)), config.discount, config.trace)
         playable = self.world.beside(~stacked([step.ended for step in before])).flatten().nonzero()[:, 0]
         observations = stacked([step.observations for step in before]).flatten(0, 1)
-        return Round(observations, torch.stack(list(chosen)).flatten(), returns.flatten(), playable)
-
-    # Learning
+        return Round(observations, torch.stack(list(played.actions)).flatten(), returns.flatten(), playable)
 
     def batches(self, played: Round, trainer: Trainer, number: int) -> Sequence[Tensor]:
         """All that was played in a random order, in batches; some rows twice, in place of those where no action was taken."""
@@ -288,6 +325,18 @@ class PQNTask:
         times, number = rows // self.config.games, rows % self.config.games
         own = (number >= self.own.start) & (number < self.own.stop)
         return (times * len(self.own) + number - self.own.start)[own]
+
+
+@contextlib.contextmanager
+def threads_halved(device: torch.device) -> Iterator[None]:
+    """Within, each of two things that a CPU computes at once has half of its threads; a GPU is left alone."""
+    whole = torch.get_num_threads()
+    try:
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, whole // 2))
+        yield
+    finally:
+        torch.set_num_threads(whole)
 
 
 def stacked(arrays: Sequence[NDArray[Any]]) -> Tensor:

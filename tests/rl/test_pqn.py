@@ -1,6 +1,7 @@
 """PQN against the definition of lambda-returns, a network written out by hand, and games whose every step is known."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lab.trainer import Trainer
 from rl import agent
 from rl.dqn import ExplorationConfig
 from rl.pqn import EXPERIMENT, PQNConfig, PQNetwork, PQNExperiment, lambda_returns
+from rl.pqn import scores as pqn_scores
 
 from .test_dqn import CUT, END, LIFE, SCRIPTS, Scripted, Table
 
@@ -146,7 +148,8 @@ def scripted(monkeypatch):
 def test_a_round_is_what_was_played(scripted):
     task = scripted.task
     values = task.learner.module.values.detach()
-    played, scores = task.play(scripted)
+    acted = task.play(task.learner.module, 0, scripted)
+    played, scores = task.learnt_from(acted), pqn_scores(acted.steps[1:])
     rows, games = task.games.rows, range(2)
     assert played.actions.view(15, 2).tolist() == [
         [rows[game][t][2] if rows[game][t] else played.actions[2 * t + game] for game in games] for t in range(15)
@@ -183,7 +186,7 @@ def mean_of_ends(rows):
 
 def test_every_action_is_learnt_from_in_every_pass(scripted):
     task = scripted.task
-    played, _ = task.play(scripted)
+    played = task.learnt_from(task.play(task.learner.module, 0, scripted))
     passes = [task.batches(played, scripted, number) for number in range(2)]
     for batches in passes:
         assert [len(rows) for rows in batches] == [10, 10, 10]
@@ -210,12 +213,12 @@ def test_an_update_is_the_one_written_out_by_hand(catch):
     other = PQNetwork(SMALL, task.games.shape, 3)
     other.load_state_dict(task.learner.module.state_dict())
     played = []
-    keep = task.play
-    task.play = lambda trainer: played.append(keep(trainer)) or played[-1]
+    keep = task.learnt_from
+    task.learnt_from = lambda acted: played.append(keep(acted)) or played[-1]
     metrics = task.step(trainer)
-    (chosen,) = task.batches(played[0][0], trainer, 0)
-    values = other(played[0][0].observations[chosen])[torch.arange(32), played[0][0].actions[chosen]]
-    loss = ((played[0][0].returns[chosen] - values) ** 2).mean() / 2
+    (chosen,) = task.batches(played[0], trainer, 0)
+    values = other(played[0].observations[chosen])[torch.arange(32), played[0].actions[chosen]]
+    loss = ((played[0].returns[chosen] - values) ** 2).mean() / 2
     loss.backward()
     assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-6)
     for ours, theirs in zip(task.learner.module.parameters(), other.parameters(), strict=True):
@@ -234,17 +237,34 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(catch):
 def test_returns_do_not_depend_on_how_the_loss_is_computed(catch):
     """No gradient flows into the goal."""
     trainer = trainer_of(catch)
-    played, _ = trainer.task.play(trainer)
+    played = trainer.task.learnt_from(trainer.task.play(trainer.task.learner.module, 0, trainer))
     assert not played.returns.requires_grad
     loss, _ = trainer.task.loss(Shard(0, 16, 16, 0, 0, torch.device("cpu")), played, played.playable[:16])
     assert loss.requires_grad
 
 
+def test_a_round_played_ahead_is_played_by_the_weights_before_and_learnt_from_as_ever(catch):
+    """Against a loop that plays and learns in turns and holds the older weights by hand."""
+    ahead, turns = trainer_of(catch, pqn=dataclasses.replace(SMALL, overlap=True)), trainer_of(catch)
+    rows = [ahead.advance()[0] for _ in range(4)]
+    task, older = turns.task, copy.deepcopy(turns.task.learner.module)
+    played = task.play(older, 0, turns)
+    for number, row in enumerate(rows):
+        older.load_state_dict(task.learner.module.state_dict())
+        following = task.play(older, number + 1, turns)
+        expected = task.learn(played, turns)
+        turns.step, played = turns.step + 1, following
+        assert {name: float(value) for name, value in row.items()} == {name: float(value) for name, value in expected.items()}
+    for one, other in zip(ahead.task.learner.module.parameters(), task.learner.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turns", "overlapped"])
 @pytest.mark.parametrize(
     "game", [CATCH, GameConfig(name="bricks"), GameConfig(name="pong", max_frames=60, threads=1)], ids=lambda game: game.name
 )
-def test_a_run_goes_on_exactly_from_any_round(game, tmp_path):
-    pqn = dataclasses.replace(SMALL, backbone="nature" if game.name == "pong" else "small", games=2, batch_size=8)
+def test_a_run_goes_on_exactly_from_any_round(game, overlap, tmp_path):
+    pqn = dataclasses.replace(SMALL, backbone="nature" if game.name == "pong" else "small", games=2, batch_size=8, overlap=overlap)
     experiment = PQNExperiment(trainer=SHORT, game=game, pqn=pqn)
     whole = trainer_of(experiment)
     for _ in range(2):
