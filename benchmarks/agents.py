@@ -7,6 +7,7 @@
            stable-baselines3's make_atari_env in a SubprocVecEnv, all with the same preprocessing
     dqn    actions per second while learning Pong, 8 transitions learnt from per action: our DQN with the mathematics of
            stable-baselines3's, our DQN as configs/rl/dqn_pong.yaml ships it, and stable-baselines3's DQN on its own wrappers
+    pqn    actions per second while learning Pong: our PQN as configs/rl/pqn_pong.yaml ships it, stable-baselines3's PPO and its DQN
     ppo    actions per second of stable-baselines3's PPO on Pong, 8 games: through scripts/train_sb3.py on our environments,
            and by itself on its own ones
 
@@ -16,6 +17,7 @@ and saving are left out. Medians of the rounds, with the range.
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 import statistics
@@ -42,6 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
     "envs": ("native", "ours", "stable-baselines3"),
     "dqn": ("ours", "ours, as shipped", "stable-baselines3"),
+    "pqn": ("ours", "stable-baselines3's PPO", "stable-baselines3's DQN"),
     "ppo": ("ours", "stable-baselines3"),
 }
 
@@ -50,7 +53,7 @@ PARTS = {
 class Options:
     """What to measure."""
 
-    parts: tuple[Literal["envs", "dqn", "ppo"], ...] = ("envs", "dqn", "ppo")
+    parts: tuple[Literal["envs", "dqn", "pqn", "ppo"], ...] = ("envs", "dqn", "pqn", "ppo")
     """Which comparisons."""
     rounds: int = 3
     """Turns of each."""
@@ -89,14 +92,19 @@ def compare(part: str, options: Options) -> dict[str, list[float]]:
 
 
 def sentence(part: str, rates: dict[str, list[float]]) -> str:
-    """The rates of one comparison, and the ratios to its last contestant."""
-    *_, peer = rates
+    """The rates of one comparison, and the ratios of ours to those of each peer."""
+    peers = [name for name in rates if name.startswith("stable-baselines3")]
     shown = []
     for name, found in rates.items():
-        ratios = [mine / theirs for mine, theirs in zip(found, rates[peer])]
-        ratio = "" if name == peer else f" = {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
-        shown.append(f"{name} {statistics.median(found):,.0f}{ratio}")
+        ratios = [] if name in peers else [f" = {ratio(found, rates[peer])} {peer}" for peer in peers]
+        shown.append(f"{name} {statistics.median(found):,.0f}{','.join(ratios)}")
     return f"{part}, actions/s: " + "; ".join(shown)
+
+
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    """How many times as many, round by round: median and range."""
+    ratios = [mine / other for mine, other in zip(ours, theirs)]
+    return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def measure(what: str, seconds: float) -> float:
@@ -108,6 +116,9 @@ def measure(what: str, seconds: float) -> float:
         "dqn/ours": lambda seconds: trained(plain_dqn(), seconds),
         "dqn/ours, as shipped": lambda seconds: trained(shipped("dqn_pong", "rl.dqn"), seconds),
         "dqn/stable-baselines3": their_dqn,
+        "pqn/ours": lambda seconds: trained(shipped("pqn_pong", "rl.pqn"), seconds),
+        "pqn/stable-baselines3's PPO": their_ppo,
+        "pqn/stable-baselines3's DQN": their_dqn,
         "ppo/ours": lambda seconds: trained(shipped("ppo_pong", "rl.sb3"), seconds),
         "ppo/stable-baselines3": their_ppo,
     }
@@ -147,13 +158,15 @@ def our_envs(seconds: float) -> float:
     return rate_of(world.step, 4, seconds)
 
 
-def their_vec_env(name: str, count: int) -> Any:
-    """stable-baselines3's wrappers as its documentation and its zoo use them."""
+def their_vec_env(name: str, count: int, seed: int = 0, judging: bool = False) -> Any:
+    """stable-baselines3's wrappers as its documentation and its zoo use them; for judging without the rules of training."""
     from stable_baselines3.common.env_util import make_atari_env
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 
     kind = SubprocVecEnv if count > 1 else DummyVecEnv
-    return VecFrameStack(make_atari_env(f"ale_py:{name}NoFrameskip-v4", n_envs=count, seed=0, vec_env_cls=kind), 4)
+    rules = {"terminal_on_life_loss": False, "clip_reward": False} if judging else {}
+    name = f"ale_py:{name}NoFrameskip-v4"
+    return VecFrameStack(make_atari_env(name, n_envs=count, seed=seed, vec_env_cls=kind, wrapper_kwargs=rules), 4)
 
 
 def their_envs(seconds: float) -> float:
@@ -168,12 +181,15 @@ def their_envs(seconds: float) -> float:
 # Agents
 
 
+def read_preset(preset: str, module: str) -> Any:
+    """The settings of a preset."""
+    given, _ = read_yaml(ROOT / "configs" / "rl" / f"{preset}.yaml")
+    return resolve(importlib.import_module(module).EXPERIMENT, given).settings
+
+
 def shipped(preset: str, module: str) -> Experiment:
     """A preset, at most with a smaller memory and an earlier start of learning, which cost no speed afterwards."""
-    import importlib
-
-    given, _ = read_yaml(ROOT / "configs" / "rl" / f"{preset}.yaml")
-    experiment: Any = resolve(importlib.import_module(module).EXPERIMENT, given).settings
+    experiment = read_preset(preset, module)
     if module == "rl.dqn":
         dqn = replace(experiment.dqn, learning_starts=2000)
         exploration = replace(experiment.exploration, start=0.5)  # as many actions by the network as there are in the middle of a run
@@ -244,12 +260,17 @@ def their_dqn(seconds: float) -> float:
 
 
 def their_ppo(seconds: float) -> float:
-    """stable-baselines3's PPO with the hyper-parameters of its zoo: 8 games, 128 actions each, 4 epochs in batches of 256."""
+    """Actions per second of stable-baselines3's PPO."""
+    return watch_learning(their_ppo_model(0), 1024, seconds)
+
+
+def their_ppo_model(seed: int) -> Any:
+    """Their PPO with the hyper-parameters of its zoo: 8 games, 128 actions each, 4 epochs in batches of 256."""
     from stable_baselines3 import PPO
 
-    model = PPO(
+    return PPO(
         "CnnPolicy",
-        their_vec_env("Pong", 8),
+        their_vec_env("Pong", 8, seed),
         learning_rate=2.5e-4,
         n_steps=128,
         batch_size=256,
@@ -257,9 +278,9 @@ def their_ppo(seconds: float) -> float:
         clip_range=0.1,
         ent_coef=0.01,
         vf_coef=0.5,
+        seed=seed,
         device="cpu",
     )
-    return watch_learning(model, 1024, seconds)
 
 
 if __name__ == "__main__":
