@@ -160,6 +160,11 @@ ROSTER = {
         "Catch",
         CATCH + "pqn.backbone=small pqn.hidden=16 pqn.games=4 pqn.n-steps=8 pqn.batch-size=16 exploration.steps=2000",
     ),
+    "pqn_pong": Recipe(
+        "train_pqn.py",
+        "Pong with sticky actions, the next round played while one is learnt from",
+        PONG + "pqn.hidden=16 pqn.games=2 pqn.n-steps=8 pqn.batch-size=8 pqn.epochs=1 pqn.overlap=true exploration.steps=400",
+    ),
     "ppo_catch": Recipe(
         "train_sb3.py", "PPO of SB3, Catch", CATCH + "backbone=small ppo.games=4 ppo.n-steps=8 ppo.batch-size=16 ppo.epochs=2"
     ),

@@ -64,6 +64,10 @@ class PQNConfig(Settings):
     """What a point is worth one action later."""
     trace: Fraction = 0.65
     """Lambda: 0 trusts the value of the next state, 1 only the rewards."""
+    trace_fall: Fraction = 0.0
+    """By how much lambda falls, linearly: rewards teach values that are not known yet, values that are known tremble less."""
+    trace_steps: Count = 500_000
+    """Actions over which it falls."""
     overlap: bool = False
     """Play the next round while this one is learnt from, each on half of the threads: more actions a second, by weights a round older."""
     life_loss: bool = True
@@ -76,6 +80,8 @@ class PQNConfig(Settings):
         actions = self.games * self.n_steps
         if actions % self.batch_size:
             raise ValueError(f"batch_size must divide games x n_steps, and {self.batch_size} is no such part of {actions}")
+        if self.trace_fall > self.trace:
+            raise ValueError(f"trace_fall: lambda cannot fall by {self.trace_fall} from {self.trace}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +168,11 @@ def lambda_returns(rewards: Tensor, terminal: Tensor, ended: Tensor, values: Ten
         returns = rewards[t] + discount * follows[t] * ahead
         found.append(returns)
     return torch.stack(found[::-1])
+
+
+def trace_after(config: PQNConfig, actions: int) -> float:
+    """Lambda after so many actions."""
+    return config.trace - config.trace_fall * min(1.0, actions / config.trace_steps)
 
 
 # Training
@@ -283,21 +294,21 @@ class PQNTask:
 
     def learn(self, played: Played, trainer: Trainer) -> Metrics:
         """Some passes through a round; metrics of the updates, and of the games that ended in it."""
-        learnt, metrics = self.learnt_from(played), Window()
+        learnt, metrics = self.learnt_from(played, trace_after(self.config, trainer.step * self.actions_per_round)), Window()
         for number in range(self.config.epochs):
             for chosen in self.batches(learnt, trainer, number):
                 metrics.add(trainer.minimise(self.learner, partial(self.loss, played=learnt, rows=chosen), self.config.batch_size))
         means = {name: total / metrics.counts[name] for name, total in metrics.sums.items()}
         return means | {"epsilon": played.exploration} | scores(played.steps[1:])
 
-    def learnt_from(self, played: Played) -> Round:
+    def learnt_from(self, played: Played, trace: float) -> Round:
         """The round as the learner sees it."""
         before, after, config = played.steps[:-1], played.steps[1:], self.config
         rewards = stacked([step.rewards for step in after])
         terminal = stacked([step.terminated | step.life_lost if config.life_loss else step.terminated for step in after])
         ended = stacked([step.ended for step in after])
         rewards = rewards.clamp(-1, 1) if config.clip_rewards else rewards
-        returns = lambda_returns(rewards, terminal, ended, torch.stack(list(played.values)), config.discount, config.trace)
+        returns = lambda_returns(rewards, terminal, ended, torch.stack(list(played.values)), config.discount, trace)
         playable = self.world.beside(~stacked([step.ended for step in before])).flatten().nonzero()[:, 0]
         observations = stacked([step.observations for step in before]).flatten(0, 1)
         return Round(observations, torch.stack(list(played.actions)).flatten(), returns.flatten(), playable)

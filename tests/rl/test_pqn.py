@@ -23,7 +23,7 @@ from lab.optimizer import OptimizerConfig
 from lab.trainer import Trainer
 from rl import agent
 from rl.dqn import ExplorationConfig
-from rl.pqn import EXPERIMENT, PQNConfig, PQNetwork, PQNExperiment, lambda_returns
+from rl.pqn import EXPERIMENT, PQNConfig, PQNetwork, PQNExperiment, lambda_returns, trace_after
 from rl.pqn import scores as pqn_scores
 
 from .test_dqn import CUT, END, LIFE, SCRIPTS, Scripted, Table
@@ -91,6 +91,12 @@ def test_nothing_of_the_next_game_reaches_a_return():
     assert found[0].tolist() == [0.0, 0.5 * 0.5 * 3.5]
 
 
+def test_lambda_falls_as_far_and_as_fast_as_it_is_told():
+    config = PQNConfig(trace=0.9, trace_fall=0.25, trace_steps=1000)
+    assert [trace_after(config, actions) for actions in (0, 400, 1000, 5000)] == pytest.approx([0.9, 0.8, 0.65, 0.65])
+    assert trace_after(PQNConfig(trace=0.8), 300_000) == 0.8
+
+
 # Network
 
 
@@ -149,7 +155,7 @@ def test_a_round_is_what_was_played(scripted):
     task = scripted.task
     values = task.learner.module.values.detach()
     acted = task.play(task.learner.module, 0, scripted)
-    played, scores = task.learnt_from(acted), pqn_scores(acted.steps[1:])
+    played, scores = task.learnt_from(acted, 0.6), pqn_scores(acted.steps[1:])
     rows, games = task.games.rows, range(2)
     assert played.actions.view(15, 2).tolist() == [
         [rows[game][t][2] if rows[game][t] else played.actions[2 * t + game] for game in games] for t in range(15)
@@ -186,7 +192,7 @@ def mean_of_ends(rows):
 
 def test_every_action_is_learnt_from_in_every_pass(scripted):
     task = scripted.task
-    played = task.learnt_from(task.play(task.learner.module, 0, scripted))
+    played = task.learnt_from(task.play(task.learner.module, 0, scripted), 0.6)
     passes = [task.batches(played, scripted, number) for number in range(2)]
     for batches in passes:
         assert [len(rows) for rows in batches] == [10, 10, 10]
@@ -214,7 +220,7 @@ def test_an_update_is_the_one_written_out_by_hand(catch):
     other.load_state_dict(task.learner.module.state_dict())
     played = []
     keep = task.learnt_from
-    task.learnt_from = lambda acted: played.append(keep(acted)) or played[-1]
+    task.learnt_from = lambda *given: played.append(keep(*given)) or played[-1]
     metrics = task.step(trainer)
     (chosen,) = task.batches(played[0], trainer, 0)
     values = other(played[0].observations[chosen])[torch.arange(32), played[0].actions[chosen]]
@@ -237,7 +243,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(catch):
 def test_returns_do_not_depend_on_how_the_loss_is_computed(catch):
     """No gradient flows into the goal."""
     trainer = trainer_of(catch)
-    played = trainer.task.learnt_from(trainer.task.play(trainer.task.learner.module, 0, trainer))
+    played = trainer.task.learnt_from(trainer.task.play(trainer.task.learner.module, 0, trainer), 0.65)
     assert not played.returns.requires_grad
     loss, _ = trainer.task.loss(Shard(0, 16, 16, 0, 0, torch.device("cpu")), played, played.playable[:16])
     assert loss.requires_grad
@@ -297,5 +303,7 @@ def test_catch_is_learnt(seed, tmp_path):
 def test_mistakes_are_told(catch):
     with pytest.raises(ValueError, match="batch_size must divide games x n_steps, and 100 is no such part of 4096"):
         PQNConfig(batch_size=100)
+    with pytest.raises(ValueError, match=r"trace_fall: lambda cannot fall by 0\.5 from 0\.4"):
+        PQNConfig(trace=0.4, trace_fall=0.5)
     with pytest.raises(UserError, match=r"pqn\.games: 4 cannot be cut into equal parts for 3 processes"):
         Trainer(catch, World(0, 3))
