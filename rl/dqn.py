@@ -276,8 +276,8 @@ class DQNTask:
             self.drawn.clear()
             learnt = trainer.minimise(self.learner, lambda shard: self.loss(shard, trainer), self.config.batch_size)
             metrics |= learnt
-            for batch, error in self.drawn if learnt else []:  # errors that are not finite would spoil the sums of priorities
-                self.replay.reprioritise(batch, error)
+            for batch, error in self.drawn:
+                self.replay.reprioritise(batch, error + 0 * learnt["loss"])  # NaN where the update was skipped
         if actions // self.config.target_every > (actions - self.config.train_every) // self.config.target_every:
             self.target.load_state_dict(self.learner.module.state_dict())
         return metrics

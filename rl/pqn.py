@@ -32,7 +32,7 @@ from lab.config import Count, Fraction, Settings
 from lab.experiment import Every, TrainerConfig
 from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
-from lab.trainer import Trainer, Window
+from lab.trainer import Trainer, averages
 from rl.agent import AgentExperiment, Policy, choose
 from rl.dqn import ExplorationConfig, QAgent, exploration_ladder, exploration_rate
 from rl.evaluate import TestConfig, Tester
@@ -221,11 +221,11 @@ class PQNTask:
     def step(self, trainer: Trainer) -> Metrics:
         """A round: play, compute the returns, some passes through all of it."""
         played, scores = self.play(trainer)
-        metrics = Window()
+        learnt: list[Metrics] = []
         for number in range(self.config.epochs):
             for chosen in self.batches(played, trainer, number):
-                metrics.add(trainer.minimise(self.learner, partial(self.loss, played=played, rows=chosen), self.config.batch_size))
-        return {name: total / metrics.counts[name] for name, total in metrics.sums.items()} | scores
+                learnt.append(trainer.minimise(self.learner, partial(self.loss, played=played, rows=chosen), self.config.batch_size))
+        return averages(learnt, self.world.device) | scores
 
     # Playing
 

@@ -253,8 +253,8 @@ def test_a_metric_is_averaged_over_the_steps_and_processes_that_had_it() -> None
 
     class Pair(World):
         def gather(self, value):
-            other = windows[1]
-            return [value, {name: (float(total), other.counts[name]) for name, total in other.sums.items()}]
+            other = windows[1].state_dict()
+            return [value, {name: (float(total), other["counts"][name]) for name, total in other["sums"].items()}]
 
     assert windows[0].means(Pair()) == {"loss": 4.0, "return": 7.0}
     assert windows[0].means(World()) == {}
