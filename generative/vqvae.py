@@ -136,7 +136,7 @@ class Quantiser(nn.Module):
         Returns:
             How many vectors chose the code, their sum, and the vector that it would start anew at (0 if that one lies in another part).
         """
-        chosen = F.one_hot(tokens, self.config.codes).float()
+        chosen = (tokens[:, None] == torch.arange(self.config.codes, device=tokens.device)).float()  # one_hot looks at all tokens first
         here = (picks >= 0) & (picks < len(vectors))
         starts = vectors[picks.clamp(0, len(vectors) - 1)] * here[:, None]
         with torch.autocast(vectors.device.type, enabled=False):

@@ -261,7 +261,9 @@ class PQNTask:
         returns = lambda_returns(rewards, terminal, ended, values, config.discount, config.trace)
         playable = self.world.beside(~stacked([step.ended for step in before])).flatten().nonzero()[:, 0]
         observations = stacked([step.observations for step in before]).flatten(0, 1)
-        return Round(observations, torch.stack(list(chosen)).flatten(), returns.flatten(), playable)
+        actions, device = torch.stack(list(chosen)).flatten(), self.world.device
+        observations, actions, returns = (kept.to(device, non_blocking=True) for kept in (observations, actions, returns.flatten()))
+        return Round(observations, actions, returns, playable)
 
     # Learning
 
@@ -275,16 +277,16 @@ class PQNTask:
     def loss(self, shard: Shard, played: Round, rows: Tensor) -> tuple[Tensor, Metrics]:
         """Half the mean square of the errors, and metrics; each process computes those of the games that it plays."""
         shard = shard.common(self.world)
-        here = self.here(rows[shard.first : shard.first + shard.count])
-        observations, actions, returns = (
-            kept.index_select(0, here).to(shard.device) for kept in (played.observations, played.actions, played.returns)
-        )
+        here = self.here(rows[shard.first : shard.first + shard.count]).to(shard.device, non_blocking=True)
+        observations, actions, returns = (kept.index_select(0, here) for kept in (played.observations, played.actions, played.returns))
         values = self.learner.module(observations).gather(1, actions[:, None])[:, 0]
         error = returns - values
         return 0.5 * shard.mean(error.square()), {"q": shard.mean(values), "error": shard.mean(error.abs())}
 
     def here(self, rows: Tensor) -> Tensor:
         """Of rows among all games' those of this process's games, as places among its own."""
+        if self.world.size == 1:
+            return rows
         times, number = rows // self.config.games, rows % self.config.games
         own = (number >= self.own.start) & (number < self.own.stop)
         return (times * len(self.own) + number - self.own.start)[own]
