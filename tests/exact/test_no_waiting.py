@@ -5,6 +5,7 @@ On a CPU every operation of a step is watched for those that on a GPU would wait
 
 import contextlib
 import importlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,17 @@ def refusing():
 @pytest.mark.parametrize("name", [*CASES, *AGENTS])
 def test_no_update_waits_for_a_gpu(name, trainer_of):
     assert learnt(trainer_of(name, "cuda"), refusing) > 0
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vae", "flow matching"])
+def test_a_compiled_model_has_the_losses_of_the_plain_one(name):
+    case, found = CASES[name], []
+    default = importlib.import_module(FAMILIES[case.script]).EXPERIMENT
+    for switch in ("false", "true"):
+        options = [*words(case), "--trainer.precision", "fp32", "--trainer.compile", switch]
+        trainer = Trainer(read_order(default, options).resolved.settings, World())
+        found.append([float(trainer.advance()[0]["loss"]) for _ in range(12)])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0][-1] < found[0][0]
