@@ -43,6 +43,7 @@ figures: setup  ## the benchmarks of the README (hours on 2 cores)
 	$(RUN) benchmarks/peers.py
 	$(RUN) benchmarks/startup.py
 	$(RUN) benchmarks/growth.py
+	$(RUN) benchmarks/limits.py
 	$(RUN) benchmarks/leaderboard.py
 
 setup:

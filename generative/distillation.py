@@ -181,10 +181,9 @@ class DistillationTask(GeneratorTask):
         images, labels = self.batch(shard)
         x0, noise = student.scaled(images, labels), shard.normal("noise", *student.inner)
         fine = fine_points(student.process, lesson)
-        stretches = shard.places % lesson.steps
         errors = []
         for index in range(lesson.steps):
-            rows = stretches == index
+            rows = slice((index - shard.first) % lesson.steps, None, lesson.steps)  # whose places in the batch leave `index`
             points = fine[index * lesson.teacher_steps : (index + 1) * lesson.teacher_steps + 1]
             errors.append(self.error(x0[rows], noise[rows], labels[rows], points))
         return torch.cat(errors).mean(), {}

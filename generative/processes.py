@@ -176,7 +176,7 @@ class DDPMConfig(Settings, Process):
 
     def moments(self, index: Tensor) -> Moment:
         """Where steps are, (N,)."""
-        alpha = self.alphas.to(index.device)[index]
+        alpha = self.alphas.to(index.device, non_blocking=True)[index]
         return Moment(alpha.float(), (1 - alpha**2).sqrt().float(), index * (TIMES / self.times))
 
     def scales(self, moment: Moment) -> Scales:

@@ -17,8 +17,9 @@ for, see tokens.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -135,7 +136,7 @@ class Quantiser(nn.Module):
         Returns:
             How many vectors chose the code, their sum, and the vector that it would start anew at (0 if that one lies in another part).
         """
-        chosen = F.one_hot(tokens, self.config.codes).float()
+        chosen = (tokens[:, None] == torch.arange(self.config.codes, device=tokens.device)).float()  # one_hot looks at all tokens first
         here = (picks >= 0) & (picks < len(vectors))
         starts = vectors[picks.clamp(0, len(vectors) - 1)] * here[:, None]
         with torch.autocast(vectors.device.type, enabled=False):
@@ -306,12 +307,14 @@ class VQVAETask(GeneratorTask):
         The averaged model takes the codebook over with its next update.
         """
         self.told = torch.zeros(())
-        metrics = super().step(trainer)
-        if not metrics:  # an update that was skipped moves no codes either
-            return {}
+        metrics, quantiser = super().step(trainer), self.model.quantiser
         if trainer.world.size > 1:
             distributed.all_reduce(self.told)
-        return {**metrics, **self.model.quantiser.learn(self.told)}
+        skipped, before = cast(Tensor, metrics["loss"]).isnan(), [buffer.clone() for buffer in quantiser.buffers()]
+        learnt = quantiser.learn(self.told)
+        for buffer, kept in zip(quantiser.buffers(), before):  # an update that was skipped moves no codes either
+            buffer.copy_(torch.where(skipped, kept, buffer))
+        return {**metrics, **{name: cast(Tensor, value).masked_fill(skipped, math.nan) for name, value in learnt.items()}}
 
     def loss(self, shard: Shard) -> tuple[Tensor, Metrics]:
         """Distortion and weighted commitment of a shard, per image (equation 3 without its second term)."""
@@ -334,8 +337,8 @@ class VQVAETask(GeneratorTask):
         places = self.model.latent
         generator = seeding.generator(shard.seed, "restart", shard.step)
         picks = torch.randint(shard.batch * places, (self.model.config.codes,), generator=generator) - shard.first * places
-        told = self.model.quantiser.statistics(vectors.flatten(0, 1), tokens.flatten(), picks.to(vectors.device))
-        self.told = self.told.to(told.device) + told
+        told = self.model.quantiser.statistics(vectors.flatten(0, 1), tokens.flatten(), picks.to(vectors.device, non_blocking=True))
+        self.told = self.told.to(told.device, non_blocking=True) + told
 
     def test(self, model: VQVAE, images: int) -> dict[str, float]:
         """The error and the use of the codes on some images of the test set."""

@@ -412,7 +412,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) 
         raise ValueError("it was another kind of optimiser")
     optimizer.load_state_dict(state)
     for group, mine in zip(optimizer.param_groups, groups):
-        group.update(mine | {"lr": group["lr"]})  # that of the last update: every update sets its own
+        # The rate of the last update, as every update sets its own; and what counts updates (`lab.optimizer.RAdam`).
+        group.update(mine | {key: group[key] for key in ("lr", "updates") if key in group})
     _match_layout(optimizer)
 
 

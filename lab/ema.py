@@ -28,10 +28,18 @@ class EMA:
         return float(min(self.decay, 1 - (1 + update) ** -self.power))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average one update towards the module it was made for."""
+    def update(self, skip: Tensor | None = None) -> None:
+        """Move the average one update towards the module it was made for.
+
+        Args:
+            skip: 1 where the module was not updated, so that the average stays too, float32 () on their device; the warm-up goes on.
+        """
         average, current = self._weights
-        torch._foreach_lerp_(average, current, 1 - self.decay_at(self.updates))
+        share = 1 - self.decay_at(self.updates)
+        if skip is None:
+            torch._foreach_lerp_(average, current, share)
+        else:
+            torch._foreach_lerp_(average, current, [share * (1 - skip)] * len(average))
         for mine, theirs in self._buffers:
             mine.copy_(theirs)
         self.updates += 1

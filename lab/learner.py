@@ -60,20 +60,18 @@ class Learner(nn.Module):
         """A loss as the forward pass of the module it trains, which is what DistributedDataParallel watches."""
         return loss(shard)
 
-    def gradient_norm(self) -> float:
-        """The norm of the whole gradient; not finite if any part of it is not."""
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient, (); not finite if any part of it is not."""
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-        return float(nn.utils.get_total_norm(gradients, foreach=True))
+        return nn.utils.get_total_norm(gradients, foreach=True)
 
-    def update(self, rate: float, norm: float) -> None:
-        """Clip, follow the gradient, move the average."""
-        if self.config.clip_norm and norm > self.config.clip_norm:
-            nn.utils.clip_grads_with_norm_(self.weights, self.config.clip_norm, torch.tensor(norm), foreach=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+    def update(self, rate: float, norm: Tensor) -> None:
+        """Clip, follow the gradient, move the average; a gradient that is not finite moves nothing. The device is not waited for."""
+        skip = norm.isfinite().logical_not().float()
+        shrink = (norm / self.config.clip_norm).clamp(min=1).float() if self.config.clip_norm else None
+        optimizer.follow(self.optimizer, rate, skip, shrink)
         if self.ema:
-            self.ema.update()
+            self.ema.update(skip)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ class Shard:
 
     def indices(self, size: int) -> Tensor:
         """Which items of a shuffled set of `size` these rows are, int64 (count,), each epoch in an order of its own."""
-        return seeding.shuffled(self.seed, size, self.step * self.batch + self.first, self.count).to(self.device)
+        order = seeding.shuffled(self.seed, size, self.step * self.batch + self.first, self.count)
+        return order.to(self.device, non_blocking=True)
 
     def uniform(self, stream: str, *shape: int) -> Tensor:
         """Numbers uniform in [0, 1), (count, *shape): this shard's rows of the whole batch's draw."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -219,17 +220,16 @@ class Replayer(Trainer):
 
     def minimise(self, learner: Learner, loss: Loss, batch: int) -> Metrics:
         """One update, as always."""
-        before, seen = self.skipped, []
+        seen: list[float] = []
 
         def watched(shard: Shard) -> tuple[Tensor, Metrics]:
             value, metrics = loss(shard)
             seen.append(float(value.detach()))
             return value, metrics
 
-        try:
-            return super().minimise(learner, watched, batch)
-        finally:
-            self.refused += seen if self.skipped > before else []
+        metrics = super().minimise(learner, watched, batch)
+        self.refused += seen if math.isnan(metrics["loss"]) else []
+        return metrics
 
 
 def replay(planned: Plan, watch: Watch) -> Replayed:
@@ -251,7 +251,8 @@ def replay(planned: Plan, watch: Watch) -> Replayed:
         except TrainingStopped as stop:
             return Replayed({} if step == planned.step else own, trainer.refused if step == planned.step else refused, None, str(stop))
         if step == planned.step:
-            own, refused = {name: float(value) for name, value in metrics.items()}, trainer.refused
+            measured = {name: float(value) for name, value in metrics.items()}
+            own, refused = {name: value for name, value in measured.items() if not math.isnan(value)}, trainer.refused
     return Replayed(own, refused, row, "")
 
 

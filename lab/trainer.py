@@ -47,20 +47,27 @@ class Window:
     """The sums of metrics since the last row. Part of a checkpoint, or a resumed run's first row would differ."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, float] = {}
         self.counts: dict[str, float] = {}
+        self._waiting: list[tuple[str, Tensor | float]] = []
+        """What was added and not yet read."""
 
     def add(self, metrics: Metrics) -> None:
         """Add one step's metrics, without waiting for the device."""
-        for name, value in metrics.items():
-            value = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+        self._waiting += [(name, value.detach() if isinstance(value, Tensor) else value) for name, value in metrics.items()]
+
+    def _read(self) -> None:
+        """Add up what waits. NaN is what an update that was skipped has measured: nothing."""
+        waiting, self._waiting = self._waiting, []
+        for (name, _), value in zip(waiting, numbers([value for _, value in waiting])):
+            if not math.isnan(value):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self, world: World) -> dict[str, float]:
         """The mean of each metric over the steps, and over the processes, that had it; empties the window."""
-        sums = torch.stack([value.to(world.device) for value in self.sums.values()]).tolist() if self.sums else []
-        parts = world.gather({name: (value, self.counts[name]) for name, value in zip(self.sums, sums)})
+        self._read()
+        parts = world.gather({name: (value, self.counts[name]) for name, value in self.sums.items()})
         self.sums, self.counts = {}, {}
         names = sorted({name for part in parts for name in part})
         totals = {name: [part[name] for part in parts if name in part] for name in names}
@@ -68,22 +75,43 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts."""
-        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "counts": dict(self.counts)}
+        self._read()
+        return {"sums": {name: torch.tensor(value, dtype=torch.float64) for name, value in self.sums.items()}, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+        self.sums, self.counts, self._waiting = {name: float(value) for name, value in state["sums"].items()}, dict(state["counts"]), []
 
     def take_up(self, states: Sequence[Mapping[str, Any]], world: World) -> None:
         """Put back what every process's `state_dict` gave: each its own, or the main one all where there are now more or fewer."""
         if len(states) == world.size:
             return self.load_state_dict(dict(states[world.rank]))
-        self.sums, self.counts = {}, {}
+        self.sums, self.counts, self._waiting = {}, {}, []
         weight = world.size / len(states)  # a step counts once for each process of now
         for state in states if world.main else []:
             for name, value in state["sums"].items():
-                self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * weight
+                self.sums[name] = self.sums.get(name, 0.0) + float(value) * weight
                 self.counts[name] = self.counts.get(name, 0) + state["counts"][name] * weight
+
+
+def numbers(values: Sequence[Tensor | float]) -> list[float]:
+    """Numbers (), wherever they lie, as Python's; each device is waited for once."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    read = {
+        device: iter(torch.stack([value.double() for value in tensors if value.device == device]).tolist())
+        for device in {value.device for value in tensors}
+    }
+    return [next(read[value.device]) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+def averages(rows: Sequence[Metrics], device: torch.device) -> dict[str, Tensor]:
+    """The mean of each metric over the rows, float64 () on the device, without waiting for it; NaN counts for nothing."""
+
+    def number(value: Tensor | float) -> Tensor:
+        return value.detach().double() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
+
+    columns = {name: [number(row[name]) for row in rows if name in row] for row in rows for name in row}
+    return {name: values[0] if len(values) == 1 else torch.stack(values).nanmean() for name, values in columns.items()}
 
 
 # The loop
@@ -106,8 +134,10 @@ class Trainer:
         """
         self.noted = noted
         self.experiment, self.config, self.world = experiment, experiment.trainer, world
-        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.step = self._skipped = self.skipped_in_a_row = 0
         self.window = Window()
+        self._norms: list[tuple[int, Tensor]] = []
+        """The step and the gradient's norm of updates of which nobody has asked yet whether they were skipped."""
         self.unfinished: dict[str, float] | None = None
         """What the last step measured, until its hooks are done and its row is written."""
         self.requested = threading.Event()
@@ -184,11 +214,14 @@ class Trainer:
         self._seed(f"global/{self.world.rank}")  # dropout, and whatever else draws by itself
         metrics = self.task.step(self)
         self.window.add(metrics)
+        if self.world.device.type == "cpu":  # where nobody has to be waited for; a GPU is asked when a row or a checkpoint is due
+            self._count_skipped()
         self.step += 1
         if not self._due(self.config.log_every):
             return metrics, {}
+        skipped = self.skipped
         means = {f"train/{name}": value for name, value in self.window.means(self.world).items()}
-        return metrics, means | ({"train/skipped": self.skipped} if self.skipped else {})
+        return metrics, means | ({"train/skipped": skipped} if skipped else {})
 
     def _one_step(self, hooks: Sequence[Every], recorder: Recorder | None) -> None:
         """A step, its hooks and its row; only the rest of it where a stop has cut off the hooks.
@@ -253,13 +286,14 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """The trainer's own part of a checkpoint."""
         window, *others = self._windows()
-        state = {"step": self.step, "skipped": self.skipped, "in_a_row": self.skipped_in_a_row, "window": window}
+        skipped = self.skipped  # which asks how many there are in a row, too
+        state = {"step": self.step, "skipped": skipped, "in_a_row": self.skipped_in_a_row, "window": window}
         state |= {"other_windows": others} if others else {}
         return state if self.unfinished is None else state | {"unfinished": self.unfinished}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
-        self.step, self.skipped, self.skipped_in_a_row = state["step"], state["skipped"], state["in_a_row"]
+        self.step, self._skipped, self.skipped_in_a_row, self._norms = state["step"], state["skipped"], state["in_a_row"], []
         self.window.take_up([state["window"], *state.get("other_windows", [])], self.world)
         self.unfinished = state.get("unfinished")
 
@@ -328,27 +362,30 @@ class Trainer:
     def minimise(self, learner: Learner, loss: Loss, batch: int) -> Metrics:
         """One update of a learner: every shard's loss and gradient, the mean over all, clipping, the optimiser.
 
+        Nothing here waits for a GPU: a gradient that is not finite makes the update move nothing, and who wants to know of it asks later.
+
         Args:
             loss: maps a shard to its mean loss over the shard's rows and to metrics, also means.
             batch: rows of the whole batch, over all processes and micro-batches.
 
         Returns:
-            The loss, its metrics, the gradient's norm and the learning rate; nothing if the update had to be skipped.
+            The loss, its metrics, the gradient's norm, all of them NaN if the update had to be skipped, and the learning rate.
         """
         learner.optimizer.zero_grad()
-        shards, window = self.shards(batch), Window()
+        shards, rows = self.shards(batch), []
         for index, shard in enumerate(shards):
             with self._synchronising(learner, last=index == len(shards) - 1) as forward:
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
                     value, metrics = forward(loss, shard)
                 # A loss that is not finite makes every gradient so, on every process: they must agree to skip.
                 (value * ((1 + 0 * value.detach()) / len(shards))).backward()
-            window.add({"loss": value, **metrics})
+            rows.append({"loss": value.detach(), **metrics})
         rate, norm = optimizer.learning_rate(learner.config, self.step, self.config.steps), learner.gradient_norm()
-        if not self._finite(norm):
-            return {}
         learner.update(rate, norm)
-        return {name: window.sums[name] / window.counts[name] for name in window.sums} | {"gradient_norm": norm, "lr": rate}
+        self._norms.append((self.step, norm))
+        measured = {**averages(rows, norm.device), "gradient_norm": norm.double()}
+        values = torch.stack(list(measured.values())).masked_fill(norm.isfinite().logical_not(), math.nan)
+        return dict(zip(measured, values.unbind())) | {"lr": rate}
 
     @contextlib.contextmanager
     def _synchronising(self, learner: Learner, last: bool) -> Iterator[Callable[..., tuple[Tensor, Metrics]]]:
@@ -357,22 +394,37 @@ class Trainer:
         with nullcontext() if last or not parallel else parallel.no_sync():
             yield parallel or learner.forward
 
-    def _finite(self, norm: float) -> bool:
-        if math.isfinite(norm):
-            self.skipped_in_a_row = 0
-            return True
-        self.skipped += 1
+    @property
+    def skipped(self) -> int:
+        """Updates that were skipped so far; waits for the device."""
+        self._count_skipped()
+        return self._skipped
+
+    def _count_skipped(self) -> None:
+        """Ask which updates were skipped of those that nobody has asked of yet.
+
+        Raises:
+            TrainingStopped: too many in a row were.
+        """
+        norms, self._norms = self._norms, []
+        for (step, _), norm in zip(norms, numbers([norm for _, norm in norms])):
+            if math.isfinite(norm):
+                self.skipped_in_a_row = 0
+            else:
+                self._count_one(step)
+
+    def _count_one(self, step: int) -> None:
+        self._skipped += 1
         self.skipped_in_a_row += 1
         if self.world.main:
-            log.warning("step %d: the gradient is not finite; this update is skipped", self.step + 1)
+            log.warning("step %d: the gradient is not finite; this update is skipped", step + 1)
         if self.skipped_in_a_row >= self.config.max_skipped:
             run = self.media.parent if self.media else "RUN"
             raise TrainingStopped(
-                f"stopped at step {self.step}: {self.skipped_in_a_row} updates in a row had gradients that are not finite; try a smaller "
+                f"stopped at step {step}: {self.skipped_in_a_row} updates in a row had gradients that are not finite; try a smaller "
                 f"--optimizer.lr, --optimizer.clip-norm 1 or --trainer.precision fp32, and --resume from the last checkpoint; "
-                f"see it happen again: python scripts/replay_step.py {run} --step {self.step + 1}"
+                f"see it happen again: python scripts/replay_step.py {run} --step {step + 1}"
             )
-        return False
 
 
 def _newest(run: Run | None) -> Checkpoint | None:

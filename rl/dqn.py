@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -276,8 +276,8 @@ class DQNTask:
             self.drawn.clear()
             learnt = trainer.minimise(self.learner, lambda shard: self.loss(shard, trainer), self.config.batch_size)
             metrics |= learnt
-            for batch, error in self.drawn if learnt else []:  # errors that are not finite would spoil the sums of priorities
-                self.replay.reprioritise(batch, error)
+            for batch, error in self.drawn:
+                self.replay.reprioritise(batch, error + 0 * learnt["loss"])  # NaN where the update was skipped
         if actions // self.config.target_every > (actions - self.config.train_every) // self.config.target_every:
             self.target.load_state_dict(self.learner.module.state_dict())
         return metrics
@@ -334,7 +334,8 @@ class DQNTask:
         """The mean cost of the errors of a batch, and metrics; each process computes those of the games that it plays."""
         shard = shard.common(trainer.world)
         beta = self.experiment.replay.beta + (1 - self.experiment.replay.beta) * shard.step / max(1, trainer.config.steps - 1)
-        batch = self.replay.sample(shard.count, lambda attempt: shard.uniform(f"replay/{attempt}", 2), beta).to(shard.device)
+        draws = replace(shard, device=self.replay.device)  # made where they are wanted, so that nobody waits for a GPU
+        batch = self.replay.sample(shard.count, lambda attempt: draws.uniform(f"replay/{attempt}", 2), beta).to(shard.device)
         with torch.no_grad():
             next_online = self.learner.module(batch.next_observations) if self.config.double else None
             goal = targets(batch, self.target(batch.next_observations), next_online)

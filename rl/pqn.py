@@ -36,7 +36,7 @@ from lab.config import Count, Fraction, Settings
 from lab.experiment import Every, TrainerConfig
 from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
-from lab.trainer import Trainer, Window
+from lab.trainer import Trainer, averages
 from rl.agent import AgentExperiment, Policy, choose
 from rl.dqn import ExplorationConfig, QAgent, exploration_ladder, exploration_rate
 from rl.evaluate import TestConfig, Tester
@@ -294,12 +294,12 @@ class PQNTask:
 
     def learn(self, played: Played, trainer: Trainer) -> Metrics:
         """Some passes through a round; metrics of the updates, and of the games that ended in it."""
-        learnt, metrics = self.learnt_from(played, trace_after(self.config, trainer.step * self.actions_per_round)), Window()
+        turn = self.learnt_from(played, trace_after(self.config, trainer.step * self.actions_per_round))
+        metrics: list[Metrics] = []
         for number in range(self.config.epochs):
-            for chosen in self.batches(learnt, trainer, number):
-                metrics.add(trainer.minimise(self.learner, partial(self.loss, played=learnt, rows=chosen), self.config.batch_size))
-        means = {name: total / metrics.counts[name] for name, total in metrics.sums.items()}
-        return means | {"epsilon": played.exploration} | scores(played.steps[1:])
+            for chosen in self.batches(turn, trainer, number):
+                metrics.append(trainer.minimise(self.learner, partial(self.loss, played=turn, rows=chosen), self.config.batch_size))
+        return averages(metrics, self.world.device) | {"epsilon": played.exploration} | scores(played.steps[1:])
 
     def learnt_from(self, played: Played, trace: float) -> Round:
         """The round as the learner sees it."""
@@ -311,7 +311,9 @@ class PQNTask:
         returns = lambda_returns(rewards, terminal, ended, torch.stack(list(played.values)), config.discount, trace)
         playable = self.world.beside(~stacked([step.ended for step in before])).flatten().nonzero()[:, 0]
         observations = stacked([step.observations for step in before]).flatten(0, 1)
-        return Round(observations, torch.stack(list(played.actions)).flatten(), returns.flatten(), playable)
+        actions, device = torch.stack(list(played.actions)).flatten(), self.world.device
+        observations, actions, returns = (kept.to(device, non_blocking=True) for kept in (observations, actions, returns.flatten()))
+        return Round(observations, actions, returns, playable)
 
     def batches(self, played: Round, trainer: Trainer, number: int) -> Sequence[Tensor]:
         """All that was played in a random order, in batches; some rows twice, in place of those where no action was taken."""
@@ -323,16 +325,16 @@ class PQNTask:
     def loss(self, shard: Shard, played: Round, rows: Tensor) -> tuple[Tensor, Metrics]:
         """Half the mean square of the errors, and metrics; each process computes those of the games that it plays."""
         shard = shard.common(self.world)
-        here = self.here(rows[shard.first : shard.first + shard.count])
-        observations, actions, returns = (
-            kept.index_select(0, here).to(shard.device) for kept in (played.observations, played.actions, played.returns)
-        )
+        here = self.here(rows[shard.first : shard.first + shard.count]).to(shard.device, non_blocking=True)
+        observations, actions, returns = (kept.index_select(0, here) for kept in (played.observations, played.actions, played.returns))
         values = self.learner.module(observations).gather(1, actions[:, None])[:, 0]
         error = returns - values
         return 0.5 * shard.mean(error.square()), {"q": shard.mean(values), "error": shard.mean(error.abs())}
 
     def here(self, rows: Tensor) -> Tensor:
         """Of rows among all games' those of this process's games, as places among its own."""
+        if self.world.size == 1:
+            return rows
         times, number = rows // self.config.games, rows % self.config.games
         own = (number >= self.own.start) & (number < self.own.stop)
         return (times * len(self.own) + number - self.own.start)[own]

@@ -380,10 +380,10 @@ class Replay:
                 self.tree.fill(row * self.games, 0.0, self.games)
 
     def reprioritise(self, batch: Transitions, errors: Tensor) -> None:
-        """Set the priorities of a batch by its errors, finite, of either sign (B,), on any device; where sampling is uniform, do nothing.
+        """Set the priorities of a batch by its errors, of either sign (B,), on any device; where sampling is uniform, do nothing.
 
-        What may no longer be sampled keeps no priority. Of a transition that is in the batch twice the larger error counts. Processes
-        tell each other of what they drew: all have all priorities.
+        An error that is not finite sets none. What may no longer be sampled keeps no priority. Of a transition that is in the batch
+        twice the larger error counts. Processes tell each other of what they drew: all have all priorities.
         """
         if self.tree is None:
             return
@@ -392,7 +392,7 @@ class Replay:
         times, leaves = times.long(), self._index(times.long(), games.long())
         masses = (errors.abs() + SMALLEST_ERROR) ** self.config.alpha
         present = self.tree.masses.index_select(0, leaves)
-        live = (present > 0) & (times >= self.first)
+        live = (present > 0) & (times >= self.first) & errors.isfinite()
         self.tree.set(leaves, torch.where(live, masses, present))
         self.largest = torch.maximum(self.largest, torch.where(live, masses, 0).max())
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from lab.checkpoint import pack, restore, unpack
 from lab.config import UserError
+from lab.learner import Learner
 from lab.optimizer import OptimizerConfig, create, learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -256,3 +257,61 @@ def test_the_state_of_centred_rmsprop_fits_no_other_rule():
 def test_weight_decay_is_refused_by_centred_rmsprop():
     with pytest.raises(UserError, match=r"optimizer\.weight_decay: centred_rmsprop has none"):
         create(OptimizerConfig(kind="centred_rmsprop", weight_decay=0.1), some_weights())
+
+
+# Updates that are left out
+
+
+def taken(kind, gradients, device_decides=True, clip=0.0):
+    """Weights and averages after some updates, through a learner; None stands for a gradient that is not finite."""
+    layer = nn.Linear(3, 2)
+    for weight in layer.parameters():
+        nn.init.constant_(weight, 0.5)
+    learner = Learner(layer, OptimizerConfig(kind=kind, betas=(0.8, 0.9), eps=1e-3, clip_norm=clip, ema=0.7))
+    for number, gradient in enumerate(gradients):
+        for weight in layer.parameters():
+            weight.grad = torch.full_like(weight, 1.0 if gradient is None else gradient)
+        if gradient is None:
+            layer.weight.grad[1, 1] = math.inf if number % 2 else math.nan
+        if gradient is not None or device_decides:
+            learner.update(0.1, learner.gradient_norm())
+        else:  # what goes on by itself, as schedules do
+            learner.ema.updates += 1
+            learner.optimizer.param_groups[0]["updates"] = learner.optimizer.param_groups[0].get("updates", 0) + 1
+    return [*layer.parameters(), *learner.ema.module.parameters()]
+
+
+KINDS = ["adam", "adamw", "radam", "rmsprop", "centred_rmsprop", "sgd"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_by_a_gradient_that_is_not_finite_moves_nothing_ever_after(kind):
+    gradients = [None, 0.3, -0.2, None, None, 0.5, *[0.1 * step for step in range(8)]]
+    for mine, other in zip(taken(kind, gradients), taken(kind, gradients, device_decides=False), strict=True):
+        assert mine.equal(other)
+        assert mine.isfinite().all()
+        assert not mine.allclose(torch.full_like(mine, 0.5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipping_is_that_of_torch(kind):
+    gradients, size = [0.3, -4.0, 0.01, 9.0], math.sqrt(8)  # 8 numbers, all of them the gradient
+    shortened = [gradient * min(1.0, 2.0 / (abs(gradient) * size)) for gradient in gradients]
+    for mine, other in zip(taken(kind, gradients, clip=2.0), taken(kind, shortened), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_radam_goes_on_from_a_checkpoint_where_it_was():
+    layers = [nn.Linear(2, 1), nn.Linear(2, 1)]
+    whole, fresh = (create(OptimizerConfig(kind="radam", lr=0.1), layer.parameters()) for layer in layers)
+    for step in range(12):
+        if step == 4:  # before the square counts for anything
+            state = unpack(json.loads(json.dumps(pack(whole.state_dict(), tensors := {}, "optimizer"))), tensors)
+            layers[1].load_state_dict(layers[0].state_dict())
+            restore({"optimizer": fresh}, {"optimizer": state})
+        for layer, optimizer in zip(layers, (whole, fresh), strict=True):
+            for weight in layer.parameters() if layer is layers[0] or step >= 4 else []:
+                weight.grad = torch.full_like(weight, 0.1 * (step % 3) - 0.05)
+            if layer is layers[0] or step >= 4:
+                optimizer.step()
+    assert layers[0].weight.equal(layers[1].weight)

@@ -20,7 +20,7 @@ from lab.optimizer import OptimizerConfig
 from lab.recorder import Lines, Recorder
 from lab.runs import Run, create
 from lab.tracking import Tracker, TrackingConfig
-from lab.trainer import DONE, Trainer, TrainingStopped, Window
+from lab.trainer import DONE, Trainer, TrainingStopped, Window, averages
 
 DATA = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
 TARGETS = DATA @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3
@@ -174,6 +174,30 @@ def test_too_many_skips_in_a_row_stop_with_advice(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000000005"]
 
 
+def test_who_asks_late_hears_of_the_same_updates_that_were_skipped(caplog) -> None:
+    """As on a GPU, which is asked when a row or a checkpoint is due."""
+    trainer = Trainer(Line(trainer=settings(max_skipped=3), poison=(1, 2, 4)), World())
+    for _ in range(6):
+        trainer.task.step(trainer)
+        trainer.step += 1
+    assert trainer.skipped_in_a_row == 0  # nobody has asked
+    assert trainer.state_dict()["skipped"] == 3
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["step 2", "step 3", "step 5"]
+    late = Trainer(Line(trainer=settings(max_skipped=3), poison=(1, 2, 3)), World())
+    for _ in range(6):
+        late.task.step(late)
+        late.step += 1
+    with pytest.raises(TrainingStopped, match=r"stopped at step 3: 3 updates in a row .* --step 4"):
+        _ = late.skipped
+
+
+def test_an_average_over_rows_leaves_out_what_was_not_measured() -> None:
+    found = averages(
+        [{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(math.nan), "lr": 0.5}, {"loss": torch.tensor(2.0)}], torch.device("cpu")
+    )
+    assert {name: float(value) for name, value in found.items()} == {"loss": 1.5, "lr": 0.5}
+
+
 def test_the_gradient_is_clipped_to_its_norm() -> None:
     module = nn.Linear(3, 1)
     learner = Learner(module, OptimizerConfig(kind="sgd", lr=1.0, betas=(0.0, 0.0), clip_norm=0.5))
@@ -253,8 +277,8 @@ def test_a_metric_is_averaged_over_the_steps_and_processes_that_had_it() -> None
 
     class Pair(World):
         def gather(self, value):
-            other = windows[1]
-            return [value, {name: (float(total), other.counts[name]) for name, total in other.sums.items()}]
+            other = windows[1].state_dict()
+            return [value, {name: (float(total), other["counts"][name]) for name, total in other["sums"].items()}]
 
     assert windows[0].means(Pair()) == {"loss": 4.0, "return": 7.0}
     assert windows[0].means(World()) == {}
