@@ -70,6 +70,8 @@ class PQNConfig(Settings):
         actions = self.games * self.n_steps
         if actions % self.batch_size:
             raise ValueError(f"batch_size must divide games x n_steps, and {self.batch_size} is no such part of {actions}")
+        if self.channels and (self.backbone != "nature" or len(self.channels) != 3):
+            raise ValueError(f"channels are those of nature's three convolutions, as 32 64 64, not of {self.backbone} {self.channels}")
 
 
 @dataclass(frozen=True, kw_only=True)
