@@ -61,7 +61,7 @@ class Options:
     """Transitions of the memory."""
     threads: int = 0
     """CPU threads, where a preset does not say; 0 takes all cores."""
-    place: Path = Path()
+    place: Path = Path("runs")
     """Where to save: a folder on the disk that is asked about."""
     out: Path = Path("benchmarks/results/saving.json")
     """Where the figures go; of what is not measured the old ones are kept."""
@@ -73,6 +73,7 @@ def main() -> None:
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
     world = distributed.join("cpu", options.threads, deterministic=False)
     report |= {"machine": platform.processor() or platform.machine(), **distributed.environment()}
+    options.place.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         with tempfile.TemporaryDirectory(dir=options.place) as folder:
             report[part] = overheads(options, Path(folder)) if part == "overhead" else memories(options, world, Path(folder))

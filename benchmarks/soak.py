@@ -11,7 +11,8 @@ long   one run of the DQN on Pong with tests, films, saves and W&B offline, look
        small, so that it is full and goes round after minutes
 stops  SIGTERM to runs of real presets, while they train, save, draw or test, and film: the exit code must be 75, within 5 seconds
        (99 of 100). Pauses are shortened so that each of these comes soon, nothing else. Beside the seconds stands the time of the
-       processor from the signal to the end, which a busy machine does not change.
+       processor from the signal to the end, which a busy machine does not change. A run that came to its own end first is told, not
+       counted, and begun anew.
 
 Exits with 1 where a budget was passed.
 """
@@ -52,7 +53,7 @@ from lab.config import read_yaml
 from lab.launch import launch
 from lab.recorder import console
 from lab.runs import Run
-from lab.trainer import STOPPED
+from lab.trainer import DONE, STOPPED
 from rl import agent
 from rl.evaluate import play_games
 
@@ -347,12 +348,17 @@ def many_stops(options: Options, folder: Path) -> dict[str, Any]:
             place = folder / preset.replace("/", "_") / phase
             stops.append(one_stop(preset, phase, place, chance, options.threads))
             console.print(json.dumps(stops[-1]), highlight=False, soft_wrap=True)
-    seconds = [stop["seconds"] for stop in stops]
-    late = float(np.quantile(seconds, 0.99))
-    kept = late <= SECONDS and all(stop["status"] == STOPPED for stop in stops)
-    console.print(table(stops))
-    console.print(f"{len(stops)} stops, 99 of 100 within {late:.2f} s")
-    return {"kept": kept, "p99": late, "budget": SECONDS, "stops": stops}
+    return summed_up(stops)
+
+
+def summed_up(stops: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of all stops, in words and for the report, but for those that came too late for their run."""
+    met = [stop for stop in stops if stop["status"] != DONE]
+    late = float(np.quantile([stop["seconds"] for stop in met], 0.99)) if met else 0.0
+    kept = bool(met) and late <= SECONDS and all(stop["status"] == STOPPED for stop in met)
+    console.print(table(met))
+    console.print(f"{len(met)} stops, 99 of 100 within {late:.2f} s; {len(stops) - len(met)} runs had come to their own end before")
+    return {"kept": kept, "p99": late, "budget": SECONDS, "over": len(stops) - len(met), "stops": stops}
 
 
 def one_stop(preset: str, phase: str, place: Path, chance: random.Random, threads: int) -> dict[str, Any]:
@@ -372,14 +378,26 @@ def one_stop(preset: str, phase: str, place: Path, chance: random.Random, thread
     if phase in ("train", "test"):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=chance.uniform(0.0, 3.0))
+    told = {"preset": preset, "meant": phase, "reached": reached}
+    if process.poll() is not None:
+        result = {"phase": "over", "status": process.returncode, "seconds": 0.0, "work": 0.0}
+    else:
+        result = stopped(process, run)
+    if result["status"] == DONE:
+        shutil.rmtree(run.folder, ignore_errors=True)
+    return told | result
+
+
+def stopped(process: subprocess.Popen[bytes], run: Run) -> dict[str, Any]:
+    """Send SIGTERM to a run: where it was, how it ended, and when."""
     saving, filming = any(run.checkpoints.glob(".step_*")), any(run.media.glob(".play_*"))
     work, began = spent(process.pid), time.perf_counter()
     process.send_signal(signal.SIGTERM)
     _, status, usage = os.wait4(process.pid, 0)
     seconds, work = time.perf_counter() - began, usage.ru_utime + usage.ru_stime - work
     code = process.returncode = os.waitstatus_to_exitcode(status)
-    met = "save" if saving else "film" if filming else "test" if unfinished(run) else "train"
-    return {"preset": preset, "phase": met, "meant": phase, "reached": reached, "status": code, "seconds": seconds, "work": work}
+    met = "over" if code == DONE else "save" if saving else "film" if filming else "test" if unfinished(run) else "train"
+    return {"phase": met, "status": code, "seconds": seconds, "work": work}
 
 
 def waited(process: subprocess.Popen[bytes], condition: Callable[[], bool], seconds: float = 300.0) -> bool:

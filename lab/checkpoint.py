@@ -6,8 +6,9 @@
     checkpoints/segments/replay_000000000000_000000002048.safetensors      rows of a part that grows; checkpoints share them
 
 A save writes into a temporary folder beside the others, flushes it to the disk, renames it, and only then deletes old
-ones, so a kill or a full disk at any moment leaves the previous checkpoint whole. Nothing here is a pickle: loading runs
-no code from the files.
+ones, so a kill or a full disk at any moment leaves the previous checkpoint whole. What nothing goes on from may be saved
+without a wait for the disk, and `settle` waits for some such saves at once. Nothing here is a pickle: loading runs no code
+from the files.
 """
 
 from __future__ import annotations
@@ -128,21 +129,26 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 # Saving
 
 
-def save(root: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[str, Any], keep: int) -> Path:
+def save(root: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[str, Any], keep: int, wait: bool = True) -> Path:
     """Save every part as the checkpoint of `step`, then delete all but the newest `keep` up to it.
+
+    Args:
+        wait: until all of it is on the disk itself; else `settle` is to be called.
 
     Raises:
         OSError: the disk is full or fails; the checkpoints that were there are untouched and nothing half-written stays.
     """
     final, temporary = root / f"step_{step:09d}", root / f".step_{step:09d}.{os.getpid()}"
     root.mkdir(parents=True, exist_ok=True)
-    if not folders(root):
+    if wait and not folders(root):
         flush(root.parent)  # or the first checkpoint could go with its whole folder when the power is cut
     for leftover in root.glob(".step_*"):  # of a process that was killed inside a save
         shutil.rmtree(leftover)
     try:
         segments = {name: _grow(root, step, name, part) for name, part in parts.items() if isinstance(part, Growing)}
         _write(temporary, step, parts, notes, segments)
+        for path in (*temporary.iterdir(), temporary) if wait else ():
+            flush(path)
         if final.exists():  # a damaged one, passed over when the run was resumed
             shutil.rmtree(final)
         os.rename(temporary, final)
@@ -150,7 +156,8 @@ def save(root: Path, step: int, parts: Mapping[str, Stateful], notes: Mapping[st
         shutil.rmtree(temporary, ignore_errors=True)
         _drop_segments(root, folders(root))
         raise
-    flush(root)
+    if wait:
+        flush(root)
     # Later ones can only be damaged, or the run would have gone on from them.
     kept = [folder for folder in folders(root) if folder.name <= final.name][:keep]
     for folder in set(folders(root)) - set(kept):
@@ -233,7 +240,13 @@ def _write(
     grown = {name: [vars(segment) for segment in part] for name, part in segments.items()}
     manifest = {"step": step, "notes": dict(notes), "sha256": digests, "segments": grown}
     (folder / "manifest.json").write_text(json.dumps({"manifest": manifest, "sha256": _digest_json(manifest)}))
-    for path in (*folder.iterdir(), folder):
+
+
+def settle(saved: Collection[Path]) -> None:
+    """Wait until checkpoints that were saved without a wait are on the disk itself; one that somebody has deleted is passed over."""
+    here = [folder for folder in saved if folder.is_dir()]
+    roots = {folder.parent for folder in here}
+    for path in (*(file for folder in here for file in folder.iterdir()), *here, *roots, *{root.parent for root in roots}):
         flush(path)
 
 
@@ -402,7 +415,14 @@ def restore(
             else:
                 part.load_state_dict(states[name])
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
-            raise ValueError(f"'{name}' does not fit the checkpoint; its settings were other ones ({error})") from None
+            raise ValueError(f"'{name}' does not fit the checkpoint; its settings were other ones ({_in_short(error)})") from None
+
+
+def _in_short(error: Exception) -> str:
+    """What an error says; of torch's list of all weights that do not fit, the first one."""
+    lines = str(error).splitlines()
+    short = lines[1].strip().rstrip(".") if len(lines) > 1 else str(error)
+    return f"it holds no {short}" if isinstance(error, KeyError) else short
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

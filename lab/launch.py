@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -25,7 +26,7 @@ from lab.experiment import Experiment
 from lab.recorder import Recorder, console, cut, display, log, logged, speak
 from lab.runs import Run
 from lab.tracking import Tracker, resolved_mode
-from lab.trainer import DONE, STOPPED, Trainer, TrainingStopped, told_once
+from lab.trainer import DONE, STOPPED, Left, StopRequest, Trainer, TrainingStopped, stop_signals, told_once
 
 E = TypeVar("E", bound=Experiment)
 
@@ -53,13 +54,21 @@ def _end(message: str, status: int) -> int:
 
 def launch(default: Experiment, about: str, argv: Sequence[str] | None = None) -> int:
     """The main function of a training script; returns the exit code (or ends with it, where it is one process of several)."""
-    status = guarded(lambda: _launch(default, about, sys.argv[1:] if argv is None else argv))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # gloo's threads live on, and one that lets go of a tensor while Python ends aborts the process, well done as its work is.
+    words = sys.argv[1:] if argv is None else argv
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return guarded(lambda: _launch(default, about, words))
+    status = FAILED
+    try:
+        status = guarded(lambda: _launch(default, about, words))
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else FAILED
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # gloo's threads live on, and one that lets go of a tensor while Python ends aborts the process, whatever it has come to.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    return status
 
 
 @dataclass(frozen=True)
@@ -175,38 +184,45 @@ def show_help(default: Experiment, about: str) -> None:
 
 
 def _train(order: Order) -> int:
+    with stop_signals() as requested, ExitStack() as held, suppress(Left):
+        with requested.preparing():
+            trainer, run, recorded = _prepared(order, requested, held)
+        if trainer.world.main:
+            return _train_main(order, trainer, run, recorded, held)
+        status = trainer.fit()
+        trainer.world.leave()
+        return status
+    return STOPPED
+
+
+def _prepared(order: Order, requested: StopRequest, held: ExitStack) -> tuple[Trainer, Run, int]:
+    """The trainer where its run was last saved, the run, and the bytes that its rows had then."""
     place = order.resolved.settings.trainer
     world = distributed.join(place.device, place.threads, place.deterministic)
     experiment = world.share(order.resolved.settings)  # the disk of another machine may not show yet what the main process has found
-    held = ExitStack()
     if world.main:
         speak()
     # Both first, so that a mistake in the data or a missing key leaves no empty run behind.
     with told_once(world):
         world.from_main(lambda: resolved_mode(experiment.tracking))
-    trainer = Trainer(experiment, world, order.noted(world))
+    trainer = Trainer(experiment, world, order.noted(world), requested)
     with told_once(world):
         run = world.from_main(lambda: _opened(order, experiment, held))
-    if world.main:
-        return _train_main(order, trainer, run, held)
-    trainer.resume(None)
-    status = trainer.fit()
-    world.leave()
-    return status
+    return trainer, run, trainer.resume(run if world.main else None)
 
 
 def _opened(order: Order, experiment: Experiment, held: ExitStack) -> Run:
-    """The run, new or begun before, which is this process's until `held` is left."""
+    """The run, new or begun before, which is this process's until `held` is left; what is logged is kept in it."""
     run = order.resume or runs.create(experiment.name, order.folder, dump(experiment, experiment.experiment))
     held.enter_context(runs.owned(run))
+    held.enter_context(logged(run))
     return run
 
 
-def _train_main(order: Order, trainer: Trainer, run: Run, held: ExitStack) -> int:
+def _train_main(order: Order, trainer: Trainer, run: Run, recorded: int, held: ExitStack) -> int:
     experiment, world = trainer.experiment, trainer.world
     with held as stack:
-        stack.enter_context(logged(run))
-        cut(run, trainer.resume(run))
+        cut(run, recorded)
         if order.resume:
             runs.write_config(run, dump(experiment, experiment.experiment))
             log.info("resuming %s at step %d of %d", run.folder, trainer.step, experiment.trainer.steps)

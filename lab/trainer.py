@@ -121,16 +121,35 @@ class TrainingStopped(Exception):
     """Training cannot go on; says why, and what to change."""
 
 
-class HookLeft(BaseException):
-    """A hook was left half done, as the run is to stop. No `Exception`: whoever forgives those must not keep it."""
+class Left(BaseException):
+    """What was being done was left half done, as the run is to stop. No `Exception`: whoever forgives those must not keep it."""
+
+
+class StopRequest(threading.Event):
+    """The run is to stop: set by a signal, see `stop_signals`."""
+
+    begun = True
+    """Whether there is something to save, so that a signal must wait for the end of a step."""
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Within, a signal itself raises `Left`: a run that has not begun has nothing to lose, and to read its data may take long."""
+        self.begun = False
+        try:
+            yield
+        finally:
+            self.begun = True
 
 
 class Trainer:
     """Runs a task from its last checkpoint to the last step."""
 
-    def __init__(self, experiment: Experiment, world: World, noted: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, experiment: Experiment, world: World, noted: Mapping[str, Any] | None = None, requested: StopRequest | None = None
+    ) -> None:
         """Args:
         noted: the facts in the checkpoint that will replace whatever the task begins with; None: training begins with the first step.
+        requested: what tells that the run is to stop; None: nothing will.
         """
         self.noted = noted
         self.experiment, self.config, self.world = experiment, experiment.trainer, world
@@ -140,10 +159,11 @@ class Trainer:
         """The step and the gradient's norm of updates of which nobody has asked yet whether they were skipped."""
         self.unfinished: dict[str, float] | None = None
         """What the last step measured, until its hooks are done and its row is written."""
-        self.requested = threading.Event()
-        """The run is to stop: set by a signal, see `stop_signals`."""
+        self.requested = requested or StopRequest()
         self.bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and native_bf16(world.device))
         self.media: Path | None = None
+        self._unsettled: list[Path] = []
+        """Milestones that may not be on the disk yet."""
         self._parallel: dict[Learner, DistributedDataParallel] = {}
         self._windows = world.jointly(self.window.state_dict)
         with told_once(world):
@@ -180,7 +200,7 @@ class Trainer:
         checkpoint.restore(self._parts(), found.parts, found.segments, lambda path: self.world.from_main(lambda: load_file(path)))
 
     def fit(self, run: Run | None = None, recorder: Recorder | None = None) -> int:
-        """Train to the last step, or until a signal asks to stop; returns the exit status of the process.
+        """Train to the last step, or until it is to stop; returns the exit status of the process.
 
         Args:
             run, recorder: where to save and to record; only the main process has them (a benchmark may do without).
@@ -191,19 +211,22 @@ class Trainer:
         self.media = run.media if run else None
         hooks = list(self.task.hooks(self)) if run else []
         save = partial(self._save, run, recorder) if run and recorder else None
-        saved = self.world.any(save is not None)
-        with stop_signals() as self.requested, told_once(self.world):
-            while self.step < self.config.steps or self.unfinished is not None:
-                with contextlib.suppress(HookLeft):  # the checkpoint then holds what is known of the row, and the hooks are done on resume
+        saved, stopping = self.world.any(save is not None), self.world.any(self.requested.is_set())
+        with told_once(self.world):
+            while not (stopping or self._complete):
+                with contextlib.suppress(Left):  # the checkpoint then holds what is known of the row, and the hooks are done on resume
                     self._one_step(hooks, recorder)
                 stopping = self.world.any(self.requested.is_set())
                 if run and self._passed_milestone():  # before the checkpoint: a kill between the two must not lose it
                     self._save_milestone(run)
                 if saved and (stopping or self._due(self.config.save_every)):
                     self.world.led(partial(save, stopping or self.step == self.config.steps) if save else None)
-                if stopping:
-                    return STOPPED
-        return DONE
+        return STOPPED if stopping and self.world.any(not self._complete) else DONE
+
+    @property
+    def _complete(self) -> bool:
+        """Whether nothing is left to do, as far as this process knows: hooks are the main one's."""
+        return self.step >= self.config.steps and self.unfinished is None
 
     def advance(self) -> tuple[Metrics, dict[str, float]]:
         """Do one step, recording nothing; returns its own metrics and, where a row is due, their means since the last row.
@@ -227,7 +250,7 @@ class Trainer:
         """A step, its hooks and its row; only the rest of it where a stop has cut off the hooks.
 
         Raises:
-            HookLeft: the run is to stop, and there is no row yet.
+            Left: the run is to stop, and there is no row yet.
         """
         if self.unfinished is None:
             self.unfinished = self.advance()[1]
@@ -259,6 +282,8 @@ class Trainer:
         """Save a checkpoint. A disk that is full for a while costs only the checkpoints of that while."""
         try:
             notes = {"metrics_bytes": recorder.sync(), "facts": dict(self.task.facts)}
+            checkpoint.settle(self._unsettled)  # whoever goes on from this checkpoint does not make them again
+            self._unsettled = []
             checkpoint.save(run.checkpoints, self.step, self._parts(), notes, self.config.keep)
         except OSError as error:
             if needed:
@@ -271,12 +296,15 @@ class Trainer:
         return self.step * count // steps > (self.step - 1) * count // steps
 
     def _save_milestone(self, run: Run) -> None:
-        """Keep what the model has learnt so far: its averaged weights where it has them, else the plain ones."""
+        """Keep what the model has learnt so far: its averaged weights where it has them, else the plain ones.
+
+        Nobody waits for the disk here: what a power cut takes before the next checkpoint is made again after it.
+        """
         parts = self.task.parts()
         judged = [name for name in ("ema", "model") if name in parts][:1]
         kept, notes = {name: parts[name] for name in judged}, {"facts": dict(self.task.facts)}
         try:
-            checkpoint.save(run.milestones, self.step, kept, notes, self.config.milestones)
+            self._unsettled.append(checkpoint.save(run.milestones, self.step, kept, notes, self.config.milestones, wait=False))
         except OSError as error:
             log.warning("the weights of step %d could not be kept (%s); training goes on", self.step, error)
 
@@ -457,13 +485,16 @@ def _require_compiler(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[StopRequest]:
     """An event that SIGTERM or SIGINT (Ctrl-C) sets; a second one ends the process the ordinary, abrupt way."""
-    requested = threading.Event()
+    requested = StopRequest()
 
     def ask(number: int, frame: FrameType | None) -> None:
         requested.set()
         signal.signal(number, before[signal.Signals(number)])
+        if not requested.begun:
+            log.info("%s: stopping before training begins", signal.Signals(number).name)
+            raise Left
         log.info("%s: finishing this step, then saving; once more to stop at once", signal.Signals(number).name)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -476,7 +507,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def leaving(requested: threading.Event) -> Iterator[None]:
-    """Within, the next forward pass of any module raises `HookLeft` once the event is set.
+    """Within, the next forward pass of any module raises `Left` once the event is set.
 
     Tests, samples and games are nothing but forward passes, so that no hook has to look by itself, and nothing is left
     at a moment when it may not be.
@@ -484,7 +515,7 @@ def leaving(requested: threading.Event) -> Iterator[None]:
 
     def look(module: nn.Module, inputs: object) -> None:
         if requested.is_set():
-            raise HookLeft
+            raise Left
 
     watch = register_module_forward_pre_hook(look)
     try:

@@ -82,6 +82,8 @@ class PQNConfig(Settings):
             raise ValueError(f"batch_size must divide games x n_steps, and {self.batch_size} is no such part of {actions}")
         if self.trace_fall > self.trace:
             raise ValueError(f"trace_fall: lambda cannot fall by {self.trace_fall} from {self.trace}")
+        if self.channels and (self.backbone != "nature" or len(self.channels) != 3):
+            raise ValueError(f"channels are those of nature's three convolutions, as 32 64 64, not of {self.backbone} {self.channels}")
 
 
 @dataclass(frozen=True, kw_only=True)

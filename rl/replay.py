@@ -296,7 +296,8 @@ class Replay:
         self._lags = torch.arange(1 - shape[0], 1, device=self.device)
         self._steps = torch.arange(n_step, device=self.device)
         self._powers = torch.tensor([discount**step for step in range(n_step + 1)], dtype=torch.float64, device=self.device)
-        self._all_frames = self.world.jointly(self._own_frames)
+        frames = self._rows["frames"]  # not of `self`: a memory in a cycle would be freed by the collector alone, gigabytes too late
+        self._all_frames = self.world.jointly(lambda first, last: _ring(frames, first, last))
 
     def _allocate(self) -> None:
         cells = {name: self.rows * (len(self.own) if name == "frames" else self.games) for name in KINDS}
@@ -497,14 +498,8 @@ class Replay:
         if not self.oldest <= first <= last <= self.written:
             raise ValueError(f"rows {first} to {last} were asked for and {self.oldest} to {self.written} are held")
         frames = self._all_frames(first, last)
-        small = {name: self._read(name, first, last) for name in KINDS if name != "frames"}
+        small = {name: _ring(self._rows[name], first, last) for name in KINDS if name != "frames"}
         return {"frames": frames[0] if len(frames) == 1 else torch.cat(frames, 1), **small}
-
-    def _own_frames(self, first: int, last: int) -> Tensor:
-        return self._read("frames", first, last)
-
-    def _read(self, name: str, first: int, last: int) -> Tensor:
-        return self._rows[name].index_select(0, torch.arange(first, last, device=self.device) % self.rows).cpu()
 
     def write(self, first: int, rows: Mapping[str, Tensor]) -> None:
         """Put back what `read` gave, from time `first` on; `load_state_dict` must follow when all is written."""
@@ -527,6 +522,11 @@ class Replay:
         if self.tree:
             self.tree.fill(0, state["masses"].to(self.device), self.tree.size)
             self.largest = state["largest"].to(self.device, copy=True)
+
+
+def _ring(rows: Tensor, first: int, last: int) -> Tensor:
+    """Copies on the CPU of the rows of times `first .. last` (without `last`) of an array that goes round."""
+    return rows.index_select(0, torch.arange(first, last, device=rows.device) % len(rows)).cpu()
 
 
 def _drawn(batch: int, draw: Draw, attempt: int) -> Tensor:

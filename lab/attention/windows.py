@@ -26,14 +26,16 @@ def cut(maps: Tensor, window: int) -> Tensor:
     count, height, width, channels = maps.shape
     if height % window or width % window:
         raise ValueError(f"a map of {height}x{width} has no whole number of windows of {window}x{window}")
-    grid = maps.view(count, height // window, window, width // window, window, channels)
-    return grid.transpose(2, 3).reshape(count, -1, window * window, channels)
+    rows, columns = height // window, width // window
+    grid = maps.view(count, rows, window, columns, window, channels)
+    return grid.transpose(2, 3).reshape(count, rows * columns, window * window, channels)
 
 
 def join(windows: Tensor, window: int, height: int, width: int) -> Tensor:
     """Windows (N, windows, pixels, C) as maps (N, H, W, C)."""
-    grid = windows.view(len(windows), height // window, width // window, window, window, -1)
-    return grid.transpose(2, 3).reshape(len(windows), height, width, -1)
+    count, channels = len(windows), windows.shape[-1]
+    grid = windows.view(count, height // window, width // window, window, window, channels)
+    return grid.transpose(2, 3).reshape(count, height, width, channels)
 
 
 def offsets(window: int) -> Tensor:

@@ -49,8 +49,8 @@ class Merging(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """Patches (N, H/2, W/2, 2 C)."""
         fours = cut(maps.permute(0, 2, 3, 1), 2).flatten(2)
-        merged: Tensor = self.reduce(self.norm(fours))
-        return merged.view(len(maps), maps.shape[2] // 2, maps.shape[3] // 2, -1)
+        merged: Tensor = self.reduce(self.norm(fours)).unflatten(1, (maps.shape[2] // 2, maps.shape[3] // 2))
+        return merged
 
 
 class SwinBlock(nn.Module):

@@ -144,3 +144,11 @@ def test_every_weight_learns():
     backbone = make(3, 28)
     backbone(images(3, 28)).square().sum().backward()
     assert all(weight.grad is not None and (weight.grad != 0).any() for weight in backbone.parameters())
+
+
+def test_a_process_that_has_no_image_of_a_batch_learns_nothing_from_it_and_does_not_fail():
+    backbone = make(3, 28)
+    maps = backbone.features(images(3, 28, 0))
+    assert [tuple(map.shape) for map in maps] == [(0, *map.shape[1:]) for map in backbone.features(images(3, 28, 1))]
+    backbone(images(3, 28, 0)).sum().backward()
+    assert all((weight.grad == 0).all() for weight in backbone.parameters())

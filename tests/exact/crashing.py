@@ -18,7 +18,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -411,6 +411,8 @@ class SmallTask:
 
 
 SMALL = Small()
+WITH_MILESTONES = replace(SMALL, trainer=replace(SMALL.trainer, steps=2, save_every=2, milestones=2))
+"""Its first milestone is followed by no checkpoint at once."""
 AGENT = {
     "game.name": "catch",
     "game.stack": "2",
@@ -506,6 +508,7 @@ MAPS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "first-power": lambda folder: saves(folder, growing=True, power=True, first=True),
     "run-files": lambda folder: whole_run(folder, SMALL, without="checkpoints"),
     "run-files-power": lambda folder: whole_run(folder, SMALL, without="checkpoints", power=True),
+    "milestones-power": lambda folder: whole_run(folder, WITH_MILESTONES, without="checkpoints", power=True),
     "run-power": lambda folder: whole_run(folder, SMALL, power=True),
     "resume-files": lambda folder: whole_run(folder, SMALL, damaged=True, without="checkpoints"),
     "run": lambda folder: whole_run(folder, SMALL),

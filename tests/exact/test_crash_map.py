@@ -23,7 +23,7 @@ from .conftest import ROOT, fingerprint, finish
 from .test_dqn import CATCH, command
 
 QUICK = ("growing", "growing-power", "first-power", "run-files", "run-files-power")
-SLOW = ("plain", "plain-power", "first", "resume-files", "run", "run-power", "resume", "agent")
+SLOW = ("plain", "plain-power", "first", "resume-files", "milestones-power", "run", "run-power", "resume", "agent")
 
 
 @pytest.fixture(scope="module")

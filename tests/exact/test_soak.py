@@ -171,6 +171,22 @@ def test_a_stop_is_told_by_what_it_met(soak: ModuleType, phase: str, tmp_path: P
     assert json.loads((run.folder / "environment.json").read_text())["starts"][-1]["error"] is None
 
 
+def test_a_run_that_ends_before_the_signal_is_told_and_not_counted(soak: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    code = "import pathlib; pathlib.Path('run').mkdir()"
+    monkeypatch.setattr(
+        soak, "started", lambda preset, place, *_: (place.mkdir(), subprocess.Popen([sys.executable, "-c", code], cwd=place))[1]
+    )
+    over = soak.one_stop("tiny", "train", tmp_path / "place", random.Random(0), 1)
+    assert (over["phase"], over["status"], over["reached"]) == ("over", 0, False)
+    assert not (tmp_path / "place/run").exists()  # the next one begins anew
+    stop = over | {"phase": "train", "status": 75, "seconds": 2.0}
+    assert soak.summed_up([over, stop])["kept"]
+    assert soak.summed_up([over, stop]) | {"stops": 0} == {"kept": True, "p99": 2.0, "budget": 5.0, "over": 1, "stops": 0}
+    assert not soak.summed_up([over, stop | {"status": 1}])["kept"]
+    assert not soak.summed_up([stop, stop | {"seconds": 6.0}])["kept"]
+    assert not soak.summed_up([over])["kept"]  # which says nothing
+
+
 def test_a_process_that_would_die_of_the_signal_is_not_taken_for_one_that_listens(soak: ModuleType) -> None:
     code = (
         "import signal, sys\nprint(flush=True); sys.stdin.readline()\nsignal.signal(15, print)\nprint(flush=True); sys.stdin.readline()\n"

@@ -162,7 +162,7 @@ def test_a_hook_that_a_stop_cut_off_is_done_again_and_the_rest_is_the_same(
     go_on((2, second // 2))
     assert saved(run) == (6, True)
     assert recorded(run) == [2, 3, 4]
-    go_on((1, second))  # after the last pass there is nothing to leave any more
+    go_on((1, second), expect=0)  # after the last pass there is nothing to leave any more, and nothing left to do
     assert saved(run) == (6, False)
     go_on(expect=0)
     assert fingerprint(run.folder) == fingerprint(whole.folder)

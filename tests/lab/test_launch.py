@@ -1,14 +1,21 @@
-"""`--run-dir DIR --resume auto`: one command that begins a run or goes on with it."""
+"""`--run-dir DIR --resume auto`, one command that begins a run or goes on with it; stops before and after training; how processes end."""
 
 import json
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from generative import autoencoder, vae
 from lab import checkpoint
+from lab import launch as launching
 from lab.launch import launch
+from lab.recorder import Recorder
 from lab.runs import Run
+from lab.tracking import Tracker
+from lab.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,3 +102,118 @@ def test_a_folder_called_latest_is_that_folder() -> None:
     for last in ("1", "2"):
         assert train("--run-dir", "latest", "--resume", "auto", "--trainer.steps", last, "--trainer.log-every", "1") == 0
     assert len(Path("latest/metrics.jsonl").read_text().splitlines()) == 2
+
+
+# Stops before training and after it
+
+
+@pytest.fixture
+def number(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A signal that fails the test where training would let it end the process; who had it before has it again afterwards."""
+
+    def unheard(*_: object) -> None:
+        pytest.fail("the signal ended the process")
+
+    before = signal.signal(request.param, unheard)
+    yield request.param
+    assert signal.getsignal(request.param) is unheard
+    signal.signal(request.param, before)
+
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], indirect=True, ids=["SIGTERM", "SIGINT"])
+SIX = ("--trainer.steps", "6", "--trainer.log-every", "1")
+
+
+def then(real: Callable, number: int) -> Callable:
+    """A function that is followed by a signal to its process."""
+
+    def call(*arguments, **options):
+        result = real(*arguments, **options)
+        signal.raise_signal(number)
+        return result
+
+    return call
+
+
+def the_rest_is_the_same() -> None:
+    """The run in `run`, ended now, has the rows and the weights of one that nothing stopped."""
+    assert train(*AUTO, *SIX) == 0
+    assert train("--run-dir", "whole", *SIX) == 0
+    for name in ("metrics.jsonl", "checkpoints/step_000000006/model.safetensors"):
+        assert (Path("run") / name).read_bytes() == (Path("whole") / name).read_bytes()
+
+
+@BOTH
+def test_a_stop_while_the_data_are_read_ends_at_once_and_leaves_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = []
+    with monkeypatch.context() as patch:
+        patch.setattr(vae.VAEExperiment, "dataset", then(vae.VAEExperiment.dataset, number))
+        patch.setattr(vae.VAEExperiment, "network", lambda *_: reached.append("the network"))
+        assert train(*AUTO, *SIX) == 75
+    assert not reached
+    assert not Path("run").exists()
+    the_rest_is_the_same()
+
+
+@BOTH
+def test_a_stop_while_a_checkpoint_is_read_changes_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(*AUTO, *SIX, "--trainer.steps", "3") == 0
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.name != "log.txt"}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_newest", then(checkpoint.load_newest, number))
+        assert train(*AUTO, *SIX) == 75
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.name != "log.txt"} == before
+    assert "Traceback" not in Path("run/log.txt").read_text()
+
+
+@BOTH
+def test_a_stop_between_the_preparations_and_the_first_step_does_no_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "start", then(Tracker.start, number))
+        assert train(*AUTO, *SIX) == 75
+    assert steps() == []
+    assert json.loads(Path("run/environment.json").read_text())["starts"][0]["error"] is None
+    the_rest_is_the_same()
+
+
+@BOTH
+@pytest.mark.parametrize("moment", [(Recorder, "write"), (Trainer, "_save"), (Tracker, "summarise")], ids=["row", "save", "summary"])
+def test_a_stop_when_the_last_step_is_done_finds_the_run_complete(number: int, moment: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(*moment, then(getattr(*moment), number))
+        assert train(*AUTO, *SIX, "--trainer.steps", "1") == 0
+    assert checkpoint.load_newest(Path("run/checkpoints")).step == 1
+
+
+# The ends of one process of several
+
+
+class Ended(BaseException):
+    """In place of the end of this process."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [(KeyError("lost"), 1, "KeyError: 'lost'"), (KeyboardInterrupt(), 1, "KeyboardInterrupt"), (SystemExit(2), 2, ""), (None, 75, "")],
+    ids=["error", "interrupt", "exit", "none"],
+)
+def test_one_process_of_several_never_ends_through_the_interpreter(
+    error: BaseException | None, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: object) -> int:
+        if error:
+            raise error
+        return 75
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launching, "_launch", work)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended) as ended:
+        train()
+    assert ended.value.args == (code,)
+    output = capsys.readouterr().err
+    assert told in output
+    assert ("Traceback" in output) == bool(told)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,12 +248,48 @@ def test_a_full_disk_costs_only_the_checkpoints_of_that_time(tmp_path: Path, mon
 def test_the_last_step_that_cannot_be_saved_is_an_error(tmp_path: Path, monkeypatch) -> None:
     from lab import checkpoint
 
-    def save(*_):
+    def save(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(TrainingStopped, match=r"step 20 could not be saved .*No space left"):
         train(tmp_path / "run")
+
+
+def test_milestones_wait_for_the_disk_with_the_next_checkpoint_and_before_it_is_seen(tmp_path: Path, monkeypatch) -> None:
+    from lab import checkpoint
+
+    flushed, seen = [], []
+    real_flush, real_rename = checkpoint.flush, os.rename
+
+    def rename(source, target):
+        seen.append((Path(target), list(flushed)))
+        real_rename(source, target)
+
+    monkeypatch.setattr(checkpoint, "flush", lambda path: (flushed.append(path), real_flush(path)))
+    monkeypatch.setattr(os, "rename", rename)
+    _, run, _ = train(tmp_path / "run", Line(trainer=settings(steps=8, save_every=3, milestones=4)))  # after 2, 4, 6 and 8 steps
+    committed = [(int(target.name[5:]), before) for target, before in seen if target.parent == run.checkpoints]
+    assert [step for step, _ in committed] == [3, 6, 8]
+    for step, before in committed:
+        kept = [folder for folder in checkpoint.folders(run.milestones) if int(folder.name[5:]) <= step]
+        files = [file for folder in kept for file in folder.iterdir()]
+        assert len(files) == 3 * (step // 2)
+        assert {*files, *kept, run.milestones, run.folder} <= set(before)
+    for target, before in seen:
+        if target.parent == run.milestones:  # nobody waited for it alone
+            assert not [path for path in before if path.is_relative_to(run.milestones) and path.name == target.name]
+    assert sum(path.parent.name == "step_000000002" for path in flushed) == 3
+
+
+def test_a_milestone_that_somebody_deleted_does_not_stop_the_saves(tmp_path: Path, monkeypatch) -> None:
+    from lab import checkpoint
+
+    real = checkpoint.settle
+    monkeypatch.setattr(checkpoint, "settle", lambda saved: ([shutil.rmtree(folder) for folder in saved[:1]], real(saved)))
+    _, run, status = train(tmp_path / "run", Line(trainer=settings(milestones=2)))
+    assert status == DONE
+    assert checkpoint.folders(run.checkpoints)[0].name == "step_000000020"
 
 
 def test_dropout_depends_on_seed_and_step_only() -> None:

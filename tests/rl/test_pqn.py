@@ -301,6 +301,9 @@ def test_catch_is_learnt(seed, tmp_path):
 
 
 def test_mistakes_are_told(catch):
+    for wrong in ({"channels": (16, 32)}, {"channels": (8, 8, 8), "backbone": "small"}):
+        with pytest.raises(ValueError, match="channels are those of nature's three convolutions"):
+            PQNConfig(**wrong)
     with pytest.raises(ValueError, match="batch_size must divide games x n_steps, and 100 is no such part of 4096"):
         PQNConfig(batch_size=100)
     with pytest.raises(ValueError, match=r"trace_fall: lambda cannot fall by 0\.5 from 0\.4"):

@@ -1,7 +1,9 @@
 """The replay memory against a naive one: a list per game that holds whole stacks, as the game showed them."""
 
+import gc
 import logging
 import math
+import weakref
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -492,6 +494,18 @@ def test_a_memory_that_is_put_back_goes_on_exactly_as_before(prioritised, rows):
         row = stream.step()
         store.append(**row)
         copy.append(**row)
+
+
+@pytest.mark.parametrize("prioritised", [False, True])
+def test_a_memory_is_freed_when_the_last_one_lets_go_of_it(prioritised):
+    gc.disable()  # it comes seldom, and a memory may be most of what the machine has
+    try:
+        store = memory(prioritised=prioritised)
+        frames = weakref.ref(store._cells["frames"])
+        del store
+        assert frames() is None
+    finally:
+        gc.enable()
 
 
 def test_a_saved_state_does_not_change_with_the_memory():
