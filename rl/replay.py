@@ -519,7 +519,7 @@ class Replay:
         return Transitions(observations, actions.long(), returns, next_observations, discounts, weights, at, of)
 
     def _stacks(self, times: Array, games: Array, taken: Array, older: Array) -> tuple[Tensor, Tensor]:
-        """Observations uint8 (B, stack, H, W) at times (B,), and those `taken` (B,) steps later; no game begins in between."""
+        """Observations uint8 (B, stack, H, W) at times (B,), and those `taken` (B,) steps later, without weight if a game began since."""
         frames = self._seen(times, games, older)
         if self.n_step == 1:  # both stacks show the same frames but for one: they are views of the same bytes
             return frames[:, :-1], frames[:, 1:]
