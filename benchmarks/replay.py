@@ -166,7 +166,8 @@ def our_fetch(memory: Replay) -> Callable[[int], Transitions]:
     def fetch(batch: int) -> Transitions:
         shard = Shard(0, batch, batch, seed=0, step=next(steps), device=CPU)
         drawn = memory.sample(batch, lambda attempt: shard.uniform(f"replay/{attempt}", 2), 0.4)
-        memory.reprioritise(drawn, torch.randn(batch))
+        if memory.tree:
+            memory.reprioritise(drawn, torch.randn(batch))
         return drawn
 
     return fetch

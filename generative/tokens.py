@@ -8,7 +8,8 @@ that sampling can go further than it tells (classifier-free guidance, Ho & Salim
 
     logits = without class + guidance * (with class - without class)
 
-The training set is turned into tokens once. The VQ-VAE stays as it is and is part of the model, so a checkpoint needs no other.
+The training set is turned into tokens once, while the first epoch goes through it. The VQ-VAE stays as it is and is part of the model, so a
+checkpoint needs no other.
 """
 
 from __future__ import annotations
@@ -317,6 +318,31 @@ def measured_guesses(model: MaskedPrior, tokens: Tensor, labels: Tensor) -> dict
 # Training
 
 
+class Tokens:
+    """A training set in tokens, which are made when they are first asked for, so that training begins at once.
+
+    They are made `ROWS` images at a time, in the order of the first epoch: what an image becomes depends on no batch, no process and no
+    start (the last bit of a convolution, and so now and then a token, may depend on what else is computed with it).
+    """
+
+    def __init__(self, vqvae: VQVAE, split: Split, seed: int) -> None:
+        self.vqvae, self.split = vqvae, split
+        self.order = seeding.epoch_order(seed, 0, len(split)).to(split.images.device)
+        self.block = self.order.argsort() // ROWS
+        """Of each image, which lot it is encoded in."""
+        self.missing = set(range(math.ceil(len(split) / ROWS)))
+        """Lots that are not encoded yet."""
+        self.tokens = torch.zeros(len(split), vqvae.latent, dtype=torch.long, device=split.images.device)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Tokens int64 (B, places) of some images (B,)."""
+        for block in sorted(self.missing.intersection(self.block[index].tolist())) if self.missing else ():
+            lot = self.order[block * ROWS : (block + 1) * ROWS]
+            self.tokens[lot] = encoded(self.vqvae, self.split.at(lot))
+            self.missing.remove(block)
+        return self.tokens[index]
+
+
 class TokensTask(GeneratorTask):
     """Minimise the cross-entropy of the training set's tokens."""
 
@@ -347,9 +373,9 @@ class TokensTask(GeneratorTask):
         return model
 
     @functools.cached_property
-    def tokens(self) -> Tensor:
-        """The training set in tokens; made at the first step, when a run that goes on has its weights back."""
-        return encoded(self.model.vqvae, self.data.train)
+    def tokens(self) -> Tokens:
+        """The training set in tokens; begun at the first step, when a run that goes on has its weights back."""
+        return Tokens(self.model.vqvae, self.data.train, self.experiment.trainer.seed)
 
     def loss(self, shard: Shard) -> tuple[Tensor, Metrics]:
         """The mean cross-entropy of a shard's tokens in nats: of all of them (gpt), or of each image's hidden ones (masked)."""

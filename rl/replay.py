@@ -1,7 +1,7 @@
 """The replay memory of a DQN: every frame is kept once, as bytes, and put together into observations when it is sampled.
 
     time row     0        1        2        3        4        5          Row t lies at place t % T of a ring of T rows,
-    frame        first    .        .        final    first    .          each of which holds one frame of each of N games.
+    frame        first    .        .        final    first    .          each of which holds one cell for each of N games.
     started      x        -        -        -        x        -          Row 3 is stored only so that a game that was
     terminal     -        life     -        -        -        -          broken off can bootstrap from what it last showed;
     ended        -        -        x        -        -        -          no action was taken there and it is never sampled.
@@ -14,6 +14,10 @@ shorter returns instead of being dropped, and none reaches into the next episode
 
 Prioritised sampling is the proportional kind of Schaul et al. 2016 (Prioritized Experience Replay, section 3.3).
 
+For speed: the frames of a game lie one after another, so that a stack is one stretch of memory. What a transition is (its return, where it
+ends, how far back its stack goes) is worked out once, when its newest row is here. And where the memory is on the CPU, the arithmetic is
+numpy's, which spends a microsecond on a few numbers where torch spends three; on a GPU the same lines are torch's.
+
 Where processes play the games in shares, each keeps the frames of its own, nearly all of the bytes, and all that is small of
 every game. So all draw the same transitions, and each puts together those of its own games.
 """
@@ -25,7 +29,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -36,6 +40,9 @@ from lab.config import Count, Fraction, Settings, UserError
 from lab.distributed import World
 
 log = logging.getLogger("dreamplay")
+
+Array = Any
+"""An array of numpy where the memory is on the CPU, a tensor where it is on a GPU."""
 
 Draw = Callable[[int], Tensor]
 """Maps an attempt 0, 1, 2, ... to numbers uniform in [0, 1), float32 (batch, 2); the same numbers whenever it is asked again."""
@@ -50,6 +57,12 @@ KINDS = {
     "playable": torch.bool,
 }
 """The arrays of a memory. All but the frames hold one number for each row and game."""
+
+OUTCOMES = 5
+"""Numbers that are worked out for each transition; see `Replay._outcome`."""
+
+ROWS = 8192
+"""Rows worked out at a time when a memory was put back."""
 
 SMALLEST_ERROR = 1e-6
 """Added to every error, so that what was predicted exactly is still seen again (epsilon of Schaul et al., section 3.3)."""
@@ -103,7 +116,7 @@ class Transitions:
 def needed(config: ReplayConfig, games: int, shape: tuple[int, int, int], processes: int = 1) -> int:
     """Bytes that a memory of observations of `shape` (stack, H, W) takes on the device of each process that shares the games."""
     cells, pixels = config.capacity // games * games, math.prod(shape[1:])
-    numbers = sum(kind.itemsize for name, kind in KINDS.items() if name != "frames")
+    numbers = sum(kind.itemsize for name, kind in KINDS.items() if name != "frames") + OUTCOMES * torch.float32.itemsize
     tree = 2 * _leaves(cells) * torch.float64.itemsize if config.prioritised else 0
     return (cells // processes + 1) * pixels + cells * numbers + tree
 
@@ -277,6 +290,9 @@ class Replay:
         UserError: a capacity too small for the stacks and returns of so many games.
     """
 
+    math_of: ClassVar[Mapping[str, Any]] = {"cpu": np, "cuda": torch}
+    """Whose arithmetic finds the cells, by device."""
+
     def __init__(
         self, config: ReplayConfig, games: int, shape: tuple[int, int, int], n_step: int, discount: float, world: World | None = None
     ) -> None:
@@ -292,22 +308,31 @@ class Replay:
         if self.rows < (least := shape[0] + n_step + 2):
             raise UserError(f"replay.capacity: {config.capacity} is too small for {games} games; give at least {least * games}")
         self.device = torch.device(config.device)
+        self._math = self.math_of[config.device]
         self._allocate()
-        self._lags = torch.arange(1 - shape[0], 1, device=self.device)
-        self._steps = torch.arange(n_step, device=self.device)
-        self._powers = torch.tensor([discount**step for step in range(n_step + 1)], dtype=torch.float64, device=self.device)
+        self._lags = self._array(torch.arange(1 - shape[0], 2 if n_step == 1 else 1))
+        self._steps = self._array(torch.arange(n_step))
+        self._powers = self._array(torch.tensor([discount**step for step in range(n_step + 1)], dtype=torch.float64))
         frames = self._rows["frames"]  # not of `self`: a memory in a cycle would be freed by the collector alone, gigabytes too late
         self._all_frames = self.world.jointly(lambda first, last: _ring(frames, first, last))
 
     def _allocate(self) -> None:
-        cells = {name: self.rows * (len(self.own) if name == "frames" else self.games) for name in KINDS}
-        # One frame more than there are cells stays black for ever: stacks point at it from before a game's first frame.
-        sizes = {name: (count + 1, *self.shape[1:]) if name == "frames" else (count,) for name, count in cells.items()}
-        self._cells = {name: zeros(size, KINDS[name], self.device) for name, size in sizes.items()}
-        self._rows = {name: cell[: cells[name]].view(self.rows, -1, *cell.shape[1:]) for name, cell in self._cells.items()}
-        self.tree = SumTree(cells["actions"], self.device) if self.config.prioritised else None
+        cells = self.rows * self.games
+        self._black = self.rows * len(self.own)
+        """One frame more than there are cells stays black for ever: stacks point at it from before a game's first frame."""
+        self._frames = zeros((self._black + 1, *self.shape[1:]), torch.uint8, self.device)
+        flat = {name: zeros((cells,), kind, self.device) for name, kind in KINDS.items() if name != "frames"}
+        own = self._frames[:-1].view(len(self.own), self.rows, *self.shape[1:])
+        self._rows = {"frames": own.transpose(0, 1), **{name: cell.view(self.rows, self.games) for name, cell in flat.items()}}
+        self._cells = {name: self._array(cell) for name, cell in flat.items()}
+        self._outcomes = self._array(zeros((cells, OUTCOMES), torch.float32, self.device))
+        """What `_outcome` gave for every cell that may be sampled, by columns."""
+        self.tree = SumTree(cells, self.device) if self.config.prioritised else None
         self.largest = torch.ones((), dtype=torch.float64, device=self.device)
         """The largest priority so far, which new transitions get."""
+
+    def _array(self, tensor: Tensor) -> Array:
+        return tensor.numpy() if self._math is np else tensor.to(self.device)
 
     @property
     def oldest(self) -> int:
@@ -360,17 +385,45 @@ class Replay:
         for kept, values in zip(self._rows.values(), row, strict=True):
             # PyTorch warns of arrays that are read-only, as observations may well be.
             kept[self.written % self.rows].copy_(torch.as_tensor(np.require(values, requirements="W")))
-        self._admit(self.written - self.n_step)
         self.written += 1
+        self._admit(self.written - 1 - self.n_step)
 
     def _admit(self, time: int) -> None:
         """Let a row be sampled, now that all its newer rows are here."""
         if time >= 0:
             row = time % self.rows
+            self._work_out(time, time + 1)
             playable = self._rows["playable"][row]
             self.sampleable += int(playable.sum())
             if self.tree:
                 self.tree.fill(row * self.games, playable * self.largest, self.games)
+
+    def _work_out(self, first: int, last: int) -> None:
+        """Put down the outcomes of times `first .. last` (without `last`) of all games."""
+        times = self._array(torch.arange(first, last).repeat_interleave(self.games))
+        games = self._array(torch.arange(self.games).repeat(last - first))
+        outcome = self._math.stack(self._outcome(times, games), 1)
+        self._outcomes[self._index(times, games)] = self._math.asarray(outcome, dtype=self._math.float32)
+
+    def _outcome(self, times: Array, games: Array) -> tuple[Array, ...]:
+        """Of transitions that begin at times (B,) of games (B,), (B,) each: what was done, the steps until the return stops, the return,
+        its discount, and how many older frames of its stack are of the same game."""
+        index = self._index(times[:, None] + self._steps, games[:, None])
+        terminal = self._cells["terminal"].take(index)
+        over = terminal | self._cells["ended"].take(index)
+        within = self._math.cumsum(over, 1) <= over  # no episode was over before this step
+        returns = (self._cells["rewards"].take(index) * within * self._powers[:-1]).sum(1)
+        taken = within.sum(1)
+        discounts = self._powers.take(taken) * ~(terminal & within).any(1)
+        return self._cells["actions"].take(index[:, 0]), taken, returns, discounts, self._older(times, games)
+
+    def _older(self, times: Array, games: Array) -> Array:
+        """How many frames before times (B,), at most `stack` - 1, are of the same game (B,)."""
+        older, alike = 0 * times, True
+        for lag in range(self.shape[0] - 1):
+            alike = ~self._cells["started"].take(self._index(times - lag, games)) & (times > lag) & alike
+            older = older + alike
+        return older
 
     def _retire(self, time: int) -> None:
         """Let a row be sampled no longer, as its oldest frame is about to be overwritten."""
@@ -417,30 +470,35 @@ class Replay:
         if not self.sampleable:
             raise ValueError(f"nothing can be sampled from {self.written} rows with returns of {self.n_step} steps; see Replay.sampleable")
         if self.tree is None:
-            return self.gather(*self._uniform(batch, draw))
+            return self._gather(*self._uniform(batch, draw), torch.ones(batch, device=self.device))
         leaves = self._stratified(self.tree, _drawn(batch, draw, 0)[:, 0].to(self.device, torch.float64))
         times = (self.written - 1) - (self.written - 1 - leaves // self.games) % self.rows
         masses = self.tree.masses.index_select(0, leaves)
         weights = (masses.min() / masses) ** beta  # the count and the total mass are the same above and below the line
         return self.gather(times, leaves % self.games, weights.float())
 
-    def _uniform(self, batch: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    def _uniform(self, batch: int, draw: Draw) -> tuple[Array, Array]:
         """Times and games (B,), drawn again where no action was taken: every transition is as likely as any other."""
         times, games = self._place(_drawn(batch, draw, 0))
         attempt = 0
-        while (missed := ~self._take("playable", self._index(times, games))).any():
+        while not (playable := self._cells["playable"].take(self._index(times, games))).all():
             attempt += 1
             other_times, other_games = self._place(_drawn(batch, draw, attempt))
-            times, games = torch.where(missed, other_times, times), torch.where(missed, other_games, games)
+            times, games = self._math.where(playable, times, other_times), self._math.where(playable, games, other_games)
         return times, games
 
-    def _place(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def _place(self, uniforms: Tensor) -> tuple[Array, Array]:
         """Times and games (B,) for numbers (B, 2)."""
-        early, which = uniforms.to(self.device, torch.float64).unbind(1)
-        games = (which * self.games).long()
+        numbers = self._array(uniforms.double())
+        early, which = numbers[:, 0], numbers[:, 1] * self.games
+        games = self._whole(which)
         # A float32 has only 2^24 values, of which a million rows would get 16 or 17 each: what is left of the other goes on.
-        fine = early + (which * self.games - games) * 2**-24
-        return self.first + (fine * self.filled).long(), games
+        fine = early + (which - games) * 2**-24
+        return self._whole(fine * self.filled) + self.first, games
+
+    def _whole(self, numbers: Array) -> Array:
+        """Numbers without what stands after the point, int64."""
+        return self._math.asarray(numbers, dtype=self._math.int64)
 
     def _stratified(self, tree: SumTree, uniforms: Tensor) -> Tensor:
         strata = torch.arange(len(uniforms), device=self.device)
@@ -448,44 +506,36 @@ class Replay:
 
     def gather(self, times: Tensor, games: Tensor, weights: Tensor | None = None) -> Transitions:
         """The transitions that begin at times int64 (B,), within `first .. first + filled`, of games int64 (B,); those of its own games."""
-        times, games = times.to(self.device), games.to(self.device)
         weights = torch.ones(len(times), device=self.device) if weights is None else weights
+        return self._gather(self._array(times), self._array(games), weights)
+
+    def _gather(self, times: Array, games: Array, weights: Tensor) -> Transitions:
         if self.world.size > 1:
             own = (games >= self.own.start) & (games < self.own.stop)
-            times, games, weights = times[own], games[own], weights[own]
-        taken, returns, discounts = self._ahead(times, games)
-        observations, next_observations = self._stacks(torch.stack([times, times + taken]), games).unbind(0)
-        actions = self._take("actions", self._index(times, games)).long()
-        return Transitions(observations, actions, returns, next_observations, discounts, weights, times, games)
+            times, games, weights = times[own], games[own], weights[torch.as_tensor(own)]
+        outcome = self._outcomes[self._index(times, games)]
+        observations, next_observations = self._stacks(times, games, self._whole(outcome[:, 1]), outcome[:, 4])
+        actions, _, returns, discounts, _ = torch.as_tensor(outcome).unbind(1)
+        at, of = torch.as_tensor(times), torch.as_tensor(games)
+        return Transitions(observations, actions.long(), returns, next_observations, discounts, weights, at, of)
 
-    def _ahead(self, times: Tensor, games: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps until the return stops int64, returns float32 and discounts float32, (B,) each."""
-        index = self._index(times[:, None] + self._steps, games[:, None])
-        terminal = self._take("terminal", index)
-        over = terminal | self._take("ended", index)
-        within = over.cumsum(1) - over.long() == 0  # no episode was over before this step
-        returns = (self._take("rewards", index) * within * self._powers[:-1]).sum(1)
-        taken = within.sum(1)
-        discounts = torch.where((terminal & within).any(1), 0, self._powers[taken])
-        return taken, returns.float(), discounts.float()
+    def _stacks(self, times: Array, games: Array, taken: Array, older: Array) -> tuple[Tensor, Tensor]:
+        """Observations uint8 (B, stack, H, W) at times (B,), and those `taken` (B,) steps later, without weight if a game began since."""
+        frames = self._seen(times, games, older)
+        if self.n_step == 1:  # both stacks show the same frames but for one: they are views of the same bytes
+            return frames[:, :-1], frames[:, 1:]
+        return frames, self._seen(times + taken, games, older + taken)
 
-    def _stacks(self, newest: Tensor, games: Tensor) -> Tensor:
-        """Observations uint8 (..., B, stack, H, W) at times int64 (..., B)."""
-        times = newest[..., None] + self._lags
-        started = self._take("started", self._index(times, games[:, None])).long()
-        newer = started.flip(-1).cumsum(-1).flip(-1) - started  # first frames among those that come later in the stack
-        black = (newer > 0) | (times < 0)
-        index = times % self.rows * len(self.own) + (games[:, None] - self.own.start)
-        return self._take("frames", index.masked_fill(black, self.rows * len(self.own)))
+    def _seen(self, times: Array, games: Array, older: Array) -> Tensor:
+        """Frames uint8 (B, lags, H, W) up to times (B,), black where they are more than `older` (B,) before: whole frames are copied."""
+        black = self._lags < -older[:, None]
+        index = (games - self.own.start)[:, None] * self.rows + (times[:, None] + self._lags) % self.rows
+        index = torch.as_tensor(self._math.where(black, self._black, index))
+        return self._frames.index_select(0, index.flatten()).view(*index.shape, *self.shape[1:])
 
-    def _index(self, times: Tensor, games: Tensor) -> Tensor:
+    def _index(self, times: Array, games: Array) -> Array:
         """Where cells lie in the flat arrays, but that of the frames."""
         return times % self.rows * self.games + games
-
-    def _take(self, name: str, index: Tensor) -> Tensor:
-        """Cells of an array: index_select copies whole frames, five times as fast as `array[index]`."""
-        cells = self._cells[name]
-        return cells.index_select(0, index.flatten()).view(*index.shape, *cells.shape[1:])
 
     # Saving
 
@@ -519,6 +569,8 @@ class Replay:
         self.written = state["written"]
         places = torch.arange(self.first, self.first + self.filled, device=self.device) % self.rows
         self.sampleable = int(self._rows["playable"].index_select(0, places).sum())
+        for start in range(self.first, self.first + self.filled, ROWS):
+            self._work_out(start, min(start + ROWS, self.first + self.filled))
         if self.tree:
             self.tree.fill(0, state["masses"].to(self.device), self.tree.size)
             self.largest = state["largest"].to(self.device, copy=True)

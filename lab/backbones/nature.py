@@ -45,14 +45,19 @@ class NatureCNN(ConvStack):
 
 
 def blocks(images: Tensor) -> Tensor:
-    """Every 4x4 pixels of bytes (N, C, H, W) as 16 C channels of one: (N, 16 C, H/4, W/4), channels-last, ordered (y, C, x)."""
+    """Every 4x4 pixels of bytes (N, C, H, W) as 16 C channels of one: (N, 16 C, H/4, W/4), channels-last, ordered (C, y, x).
+
+    In two moves, of 4 and of 16 bytes: a complex number is what torch moves 16 bytes as, and it is no number here.
+    """
     count, channels, height, width = images.shape
-    fours = images.contiguous().view(torch.int32).view(count, channels, height // 4, 4, width // 4)  # four bytes moved as one
-    mixed = fours.permute(0, 2, 4, 3, 1).reshape(count, height // 4, width // 4, 4 * channels)
-    return mixed.view(torch.uint8).permute(0, 3, 1, 2)
+    whole = images if images.stride()[2:] == (width, 1) else images.contiguous()  # stacks may be views of frames that they share
+    fours = whole.view(torch.int32).view(count, channels, height // 4, 4, width // 4)
+    sixteens = fours.mT.reshape(count, channels, height // 4, width).view(torch.complex128)  # (N, C, H/4, W/4), a block each
+    mixed = sixteens.permute(0, 2, 3, 1).reshape(count, height // 4, width // 4 * channels)
+    return mixed.view(torch.uint8).view(count, height // 4, width // 4, 16 * channels).permute(0, 3, 1, 2)
 
 
 def block_kernel(weight: Tensor) -> Tensor:
     """The kernel (O, C, 8, 8) as one over blocks, (O, 16 C, 2, 2)."""
     outputs, channels = weight.shape[:2]
-    return weight.reshape(outputs, channels, 2, 4, 2, 4).permute(0, 3, 1, 5, 2, 4).reshape(outputs, 16 * channels, 2, 2)
+    return weight.reshape(outputs, channels, 2, 4, 2, 4).permute(0, 1, 3, 5, 2, 4).reshape(outputs, 16 * channels, 2, 2)

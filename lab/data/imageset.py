@@ -35,6 +35,10 @@ class Split:
         """The same split on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def at(self, index: Tensor) -> Split:
+        """The images at some places, int64 (B,)."""
+        return Split(self.images[index], self.labels[index])
+
     def only(self, labels: Sequence[int]) -> Split:
         """The images with some labels, which count from 0 in the given order."""
         wanted = torch.tensor(labels, device=self.labels.device)
@@ -46,8 +50,7 @@ class Split:
         """`count` of the images, evenly spaced, so that a set sorted by class gives some of each; all where it has no more."""
         if count >= len(self):
             return self
-        index = torch.arange(count, device=self.images.device) * len(self) // count
-        return Split(self.images[index], self.labels[index])
+        return self.at(torch.arange(count, device=self.images.device) * len(self) // count)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lab.backbones import REGISTRY, Backbone, create, list_backbones
+from lab.backbones.nature import blocks
 from lab.config import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,11 +172,16 @@ def test_nature_makes_the_same_of_bytes_as_of_the_numbers_that_they_stand_for(si
     network = create("nature", in_channels=3, image_size=size)
     seen = torch.randint(256, (5, 3, size, size), dtype=torch.uint8)
     outcomes = []
-    for images in (seen, seen.float() / 255, seen.flip(3).flip(3)[:, :, :, :]):
+    shared = torch.cat([seen, seen[:, :1]], 1)[:, :-1]  # as the stacks of a memory are views of the frames that they share
+    for images in (seen, seen.float() / 255, shared, seen.to(memory_format=torch.channels_last)):
         network.zero_grad()
         outputs = network(images)
         outputs.square().sum().backward()
         outcomes.append([outputs.detach(), *(weight.grad.clone() for weight in network.parameters())])
-    for mine, same, again in zip(*outcomes, strict=True):
-        torch.testing.assert_close(mine, same, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(mine, again, rtol=1e-4, atol=1e-6)
+    for mine, *others in zip(*outcomes, strict=True):
+        for same in others:
+            torch.testing.assert_close(mine, same, rtol=1e-4, atol=1e-6)
+
+
+def test_no_images_have_no_blocks():
+    assert blocks(torch.zeros(0, 4, 84, 84, dtype=torch.uint8)).shape == (0, 64, 21, 21)

@@ -299,6 +299,26 @@ def test_a_batch_is_tokens_of_training_images_with_their_classes(runs: Path) -> 
     assert {id(weight) for weight in one.learner.weights} == {id(weight) for weight in one.model.network.parameters()}
 
 
+def test_a_training_set_becomes_tokens_bit_by_bit_and_always_the_same(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lots: list[torch.Tensor] = []
+    encode = tokens.encoded
+    monkeypatch.setattr(tokens, "encoded", lambda vqvae, split: lots.append(split.labels) or encode(vqvae, split))
+    monkeypatch.setattr(tokens, "ROWS", 100)
+    one, other = task(runs), task(runs)
+    train = one.data.train
+    steps = range(2 * math.ceil(len(train) / 32))  # two epochs
+    batches = [Shard(0, 32, 32, 0, step, torch.device("cpu")).indices(len(train)) for step in steps]
+    seen = torch.cat([one.tokens[batches[0]], one.tokens[batches[1]]])
+    assert [len(lot) for lot in lots] == [100], "no more than what the first batches need"
+    seen = torch.cat([seen, *(one.tokens[batch] for batch in batches[2:])])
+    assert len(lots) == math.ceil(len(train) / 100)
+    assert torch.equal(torch.cat(lots), train.labels[torch.cat(batches)[: len(train)]]), "in the order of the first epoch"
+    backwards = [other.tokens[batch] for batch in reversed(batches)]  # as a run that goes on in the second epoch asks
+    assert torch.equal(torch.cat(backwards[::-1]), seen)
+    alike = one.tokens[torch.arange(len(train))] == encode(one.model.vqvae, train)
+    assert float(alike.double().mean()) > 0.999
+
+
 def test_classes_are_hidden_as_often_as_the_settings_say(runs: Path) -> None:
     one = task(runs, model=TokensConfig(width=8, layers=1, heads=2, label_drop=0.3))
     told = []

@@ -188,6 +188,27 @@ def test_only_what_may_be_sampled_has_a_priority(case):
             store.reprioritise(batch, torch.linspace(-2, 2, 16))
 
 
+@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize("prioritised", [False, True])
+def test_the_arithmetic_of_a_gpu_gives_the_same(monkeypatch, n_step, prioritised):
+    one, _ = filled(47, n_step=n_step, prioritised=prioritised)
+    monkeypatch.setattr(Replay, "math_of", {"cpu": torch})
+    other, _ = filled(47, n_step=n_step, prioritised=prioritised)
+    assert isinstance(other._outcomes, torch.Tensor)
+    for step in range(10):
+        assert_same(one.sample(32, uniforms(step)(32)), other.sample(32, uniforms(step)(32)))
+    again = memory(n_step=n_step, prioritised=prioritised)
+    again.write(other.oldest, other.read(other.oldest, other.written))
+    again.load_state_dict(other.state_dict())
+    assert_same(one.sample(32, uniforms(0)(32)), again.sample(32, uniforms(0)(32)))
+
+
+def test_stacks_one_step_apart_share_their_frames():
+    batch = filled(30, n_step=1)[0].sample(5, uniforms(0)(5))
+    assert batch.observations.untyped_storage().data_ptr() == batch.next_observations.untyped_storage().data_ptr()
+    assert batch.observations.untyped_storage().nbytes() == 5 * (4 + 1) * math.prod(FRAME)
+
+
 def test_types_and_shapes_of_a_batch():
     store, _ = filled(30)
     batch = store.sample(5, uniforms(0)(5))
@@ -568,7 +589,7 @@ def test_a_million_transitions_fit_into_what_was_promised():
 @pytest.mark.parametrize(("capacity", "games"), [(40, 2), (100, 3), (65, 1)])
 def test_what_is_needed_is_what_is_allocated(prioritised, capacity, games):
     store = memory(games, capacity=capacity, prioritised=prioritised)
-    arrays = list(store._cells.values()) + ([store.tree.nodes] if store.tree else [])
+    arrays = [*store._rows.values(), torch.from_numpy(store._outcomes), *([store.tree.nodes] if store.tree else [])]
     assert needed(store.config, games, store.shape) == sum(array.untyped_storage().nbytes() for array in arrays)
 
 
