@@ -867,7 +867,7 @@ def learnt_on_catch(folder, seed):
     """The return of the last test of the preset, from a process as a user starts it."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"}
     words = [sys.executable, str(ROOT / "scripts/train_dqn.py"), str(ROOT / "configs/rl/dqn_catch.yaml"), "--run-dir", "run"]
-    options = ["--trainer.seed", str(seed), "--trainer.steps", "800", "--trainer.threads", "1", "--trainer.preview-every", "800"]
+    options = ["--trainer.seed", str(seed), "--trainer.threads", "1", "--trainer.preview-every", "1000"]
     options += ["--test.games", "40", "--test.video-every", "0", "--tracking.mode", "disabled"]
     done = subprocess.run([*words, *options], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

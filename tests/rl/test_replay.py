@@ -522,7 +522,7 @@ def test_a_memory_is_freed_when_the_last_one_lets_go_of_it(prioritised):
     gc.disable()  # it comes seldom, and a memory may be most of what the machine has
     try:
         store = memory(prioritised=prioritised)
-        frames = weakref.ref(store._cells["frames"])
+        frames = weakref.ref(store._frames)
         del store
         assert frames() is None
     finally:
