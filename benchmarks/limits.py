@@ -13,8 +13,8 @@ Of each task, a preset as it is shipped:
                 share of the bandwidth, a large copy; more than 100 % means that they stay in the processor's caches.
     emulators   what they would do with nobody who learns: the share of that which training reaches.
 
-Then `formats`: an update of the Nature network (256 observations) and of the small U-Net (128 images) in fp32 and bf16, plain and
-channels-last, in turns; and which of them `trainer.precision auto` and `Trainer.layout` take on this device.
+Then `formats`: an update of the Nature network (256 observations) and of the small U-Net (128 images) in fp32 and (where native) bf16,
+plain and channels-last, in turns; and which of them `trainer.precision auto` and `Trainer.layout` take on this device.
 """
 
 from __future__ import annotations
@@ -296,7 +296,8 @@ class Laid(Trainer):
 
 def formats(world: World, options: Options) -> dict[str, Any]:
     """Seconds of an update of two networks in every number format and layout, in turns; and what the lab takes."""
-    calls = {f"{kind} {layout}": laid(world, kind, layout) for kind in PRECISIONS for layout in LAYOUTS}
+    kinds = PRECISIONS if native_bf16(world.device) else PRECISIONS[:1]  # elsewhere bf16 is emulated, a hundred times slower
+    calls = {f"{kind} {layout}": laid(world, kind, layout) for kind in kinds for layout in LAYOUTS}
     found: dict[str, dict[str, list[float]]] = {network: {name: [] for name in calls} for network in ("nature", "unet")}
     for _ in range(options.rounds):
         for name, pair in calls.items():
