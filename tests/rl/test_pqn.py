@@ -21,8 +21,8 @@ from lab.learner import Shard
 from lab.optimizer import OptimizerConfig
 from lab.trainer import Trainer
 from rl import agent
-from rl.dqn import ExplorationConfig
 from rl.pqn import EXPERIMENT, PQNConfig, PQNetwork, PQNExperiment, lambda_returns
+from rl.values import ExplorationConfig
 
 from .test_dqn import CUT, END, LIFE, SCRIPTS, Scripted, Table
 
