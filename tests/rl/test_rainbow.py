@@ -233,7 +233,7 @@ def test_the_next_action_is_chosen_by_means(double):
 
 def test_catch_is_learnt(tmp_path):
     words = [str(ROOT / "configs/rl/rainbow_catch.yaml"), "--run-dir", str(tmp_path / "run"), "--tracking.mode", "disabled"]
-    quick = ["--trainer.steps", "700", "--trainer.preview-every", "700", "--test.games", "20", "--test.video-every", "0"]
+    quick = ["--trainer.steps", "900", "--trainer.preview-every", "900", "--test.games", "20", "--test.video-every", "0"]
     assert launched([*words, *quick]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["train/return"] < -2
