@@ -149,6 +149,12 @@ ROSTER = {
         CATCH + "test.video-every=1 test.video-steps=20 dqn.backbone=small dqn.hidden=16 dqn.batch-size=16 dqn.learning-starts=160"
         " dqn.target-every=320 replay.capacity=480 replay.prioritised=true exploration.steps=3000",
     ),
+    "rainbow_catch": Recipe(
+        "train_dqn.py",
+        "Rainbow, Catch: noisy layers, a categorical distribution, priorities",
+        CATCH + "dqn.backbone=small dqn.hidden=16 dqn.batch-size=16 dqn.learning-starts=160 dqn.target-every=320 dqn.values=categorical"
+        " dqn.atoms=11 dqn.noisy=true replay.capacity=480 replay.prioritised=true",
+    ),
     "dqn_pong": Recipe(
         "train_dqn.py",
         "Pong with sticky actions, Nature CNN",

@@ -39,8 +39,8 @@ from lab.recorder import console
 from lab.trainer import Trainer
 from rl.agent import Agent, Policy
 from rl.evaluate import play_games
-from rl.pqn import QAgent
 from rl.stable_baselines import ActorAgent
+from rl.values import QAgent
 
 CPU = torch.device("cpu")
 GAMES = 20

@@ -6,7 +6,9 @@
 
 Q' is the target network, a copy that lags behind; a* is its own best action, or for double Q-learning (van Hasselt et al.
 2016) the one that Q thinks best. Further settings: dueling streams (Wang et al. 2016), m > 1 steps (Sutton 1988), drawing
-by surprise (Schaul et al. 2016), a ladder of exploration rates (Horgan et al. 2018).
+by surprise (Schaul et al. 2016), a ladder of exploration rates (Horgan et al. 2018), distributions of returns in place of their
+means (Bellemare et al. 2017, Dabney et al. 2018), exploring by noisy layers (Fortunato et al. 2018). All of them together, with a
+categorical distribution, are Rainbow (Hessel et al. 2018, arXiv:1710.02298).
 
 A step of the trainer is a round: `train_every` actions, shared by the games side by side, then one update. Truncation is
 not an end: the value of the last frame stands for what would have come. A lost life may count as an end for the learner;
@@ -16,42 +18,33 @@ the game goes on.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from envs import games
 from envs.games import AllGames, Games, Step
 from lab import backbones, seeding
 from lab.backbones import Backbone
 from lab.checkpoint import Checkpoint, Stateful
-from lab.config import Count, Fraction, NonNegative, Settings
+from lab.config import Count, Fraction, Positive, Settings
 from lab.experiment import Every, TrainerConfig
 from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
 from lab.trainer import Trainer
-from rl.agent import Agent, AgentExperiment, Policy, choose
+from rl.agent import AgentExperiment, Policy, choose
+from rl.distributional import Categorical, Mean, Quantile, Values, of_actions
 from rl.evaluate import TestConfig, Tester
+from rl.noisy import NoisyLinear, noise
 from rl.replay import Replay, ReplayConfig, Transitions, check_room
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExplorationConfig(Settings):
-    """How often an action is taken at random; every game flips its own coin."""
-
-    start: Fraction = 1.0
-    """Share of random actions at first, and until learning starts."""
-    end: Fraction = 0.01
-    """Share at the end of the descent, and from then on."""
-    steps: Count = 250_000
-    """Actions over which it falls linearly, after learning has started."""
-    ladder: NonNegative = 0.0
-    """Game i of n explores at the share to the power 1 + ladder i/(n-1): 7 in Ape-X (Horgan et al. 2018); 0: all alike."""
+from rl.values import ExplorationConfig, QAgent, exploration_ladder, exploration_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +61,22 @@ class DQNConfig(Settings):
     """Two streams, for the value of a state and for the advantages of actions."""
     n_step: Count = 3
     """Steps of real reward in a target."""
+    values: Literal["mean", "categorical", "quantile"] = "mean"
+    """What is learnt of the return: its mean, or its distribution as atoms with probabilities (C51) or as quantiles (QR-DQN)."""
+    atoms: Count = 51
+    """Values categorical: returns that have a probability."""
+    v_min: float = -10.0
+    """Values categorical: the lowest of them, a discounted return of (clipped) rewards; what lies below counts as this one."""
+    v_max: float = 10.0
+    """Values categorical: the highest of them."""
+    quantiles: Count = 200
+    """Values quantile: returns that part the distribution."""
+    noisy: bool = False
+    """Explore by noise in the weights of the dense layers, not by random actions; `exploration` counts only until learning starts."""
+    sigma: Positive = 0.5
+    """Noisy: size of the noise at first, times 1 / sqrt(inputs of a layer)."""
     loss: Literal["huber", "squared"] = "huber"
-    """Huber is the paper's clipping of the error to [-1, 1]."""
+    """Values mean: Huber is the paper's clipping of the error to [-1, 1]."""
     discount: Fraction = 0.99
     """What a point is worth one action later."""
     games: Count = 8
@@ -91,6 +98,20 @@ class DQNConfig(Settings):
         super().__post_init__()
         if self.train_every % self.games:
             raise ValueError(f"train_every must be a multiple of games, and {self.train_every} is none of {self.games}")
+        if self.v_min >= self.v_max:
+            raise ValueError(f"v_min must be below v_max, and {self.v_min:g} is not below {self.v_max:g}")
+        if self.atoms < 2:
+            raise ValueError("atoms must be 2 at least, one for v_min and one for v_max")
+
+    @property
+    def kind(self) -> Values:
+        """What the network says of an action."""
+        kinds = {
+            "mean": Mean(self.loss),
+            "categorical": Categorical(self.atoms, self.v_min, self.v_max),
+            "quantile": Quantile(self.quantiles),
+        }
+        return kinds[self.values]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,34 +143,38 @@ class DQNExperiment(AgentExperiment):
         facts = saved.notes["facts"]
         network = self.network(tuple(facts["shape"]), len(facts["actions"]))
         network.load_state_dict(saved.parts["ema"]["module"] if "ema" in saved.parts else saved.parts["model"])
-        return QAgent(network.to(device).eval().requires_grad_(False), device)
+        return QAgent(network.to(device).eval().requires_grad_(False), device, self.dqn.kind.means)
 
     @property
     def usual_policy(self) -> Policy:
-        """Mnih et al. 2015 test with one action in twenty at random."""
-        return "epsilon"
+        """Mnih et al. 2015 test with one action in twenty at random; who has learnt to explore by noise is judged without it."""
+        return "greedy" if self.dqn.noisy else "epsilon"
 
 
 # The network
 
 
 class QNetwork(nn.Module):
-    """The value of every action."""
+    """What every action is worth."""
 
     def __init__(self, config: DQNConfig, shape: tuple[int, int, int], actions: int) -> None:
         super().__init__()
-        (frames, size, _), self.dueling = shape, config.dueling
-        self.torso: Backbone = backbones.create(config.backbone, frames, size, hidden=0 if self.dueling else config.hidden)
+        (frames, size, _), self.dueling, self.each = shape, config.dueling, config.kind.each
+        self.torso: Backbone = backbones.create(config.backbone, frames, size, hidden=0)
         if self.dueling:
-            width = self.torso.out_features
-            self.value, self.advantage = (
-                nn.Sequential(nn.Linear(width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, outputs)) for outputs in (1, actions)
-            )
+            self.value, self.advantage = (self.stream(config, outputs) for outputs in (1, actions))
         else:
-            self.action_value = nn.Linear(self.torso.out_features, actions)
+            self.action_value = self.stream(config, actions)
+
+    def stream(self, config: DQNConfig, actions: int) -> nn.Sequential:
+        """Two dense layers, which end with what is said of so many actions: (N, actions, *each)."""
+        linear = partial(NoisyLinear, sigma=config.sigma) if config.noisy else nn.Linear
+        outputs = actions * math.prod(self.each)
+        layers = linear(self.torso.out_features, config.hidden), nn.ReLU(), linear(config.hidden, outputs)
+        return nn.Sequential(*layers, nn.Unflatten(1, (actions, *self.each)))
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Q(s, a), float32 (N, actions), of observations uint8 (N, stack, H, W)."""
+        """What is said of all actions, float32 (N, actions) or (N, actions, numbers), of observations uint8 (N, stack, H, W)."""
         features = self.torso(observations)
         if not self.dueling:
             values: Tensor = self.action_value(features)
@@ -160,59 +185,13 @@ class QNetwork(nn.Module):
 
 
 def dueling(value: Tensor, advantage: Tensor) -> Tensor:
-    """Q = V + A - mean A (Wang et al. 2016, equation 9), of (N, 1) and (N, actions)."""
+    """Q = V + A - mean A (Wang et al. 2016, equation 9), of (N, 1, ...) and (N, actions, ...); of distributions number by number."""
     return value + advantage - advantage.mean(1, keepdim=True)
 
 
 def scale_gradient(features: Tensor, scale: float) -> Tensor:
     """The same numbers, whose gradient is multiplied by `scale`."""
     return features * scale + features.detach() * (1 - scale)
-
-
-class QAgent(Agent):
-    """Plays by the values of a Q-network."""
-
-    meaning = "Q-value"
-
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self.network, self.device = network, device
-
-    @torch.no_grad()
-    def values(self, observations: Tensor) -> Tensor:
-        """Q(s, a), float32 (N, actions)."""
-        values: Tensor = self.network(observations.to(self.device))
-        return values.cpu()
-
-
-# The mathematics
-
-
-def targets(batch: Transitions, next_target: Tensor, next_online: Tensor | None) -> Tensor:
-    """What Q(s, a) should be, (B,).
-
-    Args:
-        next_target: the target network's values at the state where a transition ends, (B, actions).
-        next_online: those of the online network, for double Q-learning.
-    """
-    best = (next_target if next_online is None else next_online).argmax(1, keepdim=True)
-    return batch.returns + batch.discounts * next_target.gather(1, best)[:, 0]
-
-
-def error_cost(error: Tensor, kind: Literal["huber", "squared"]) -> Tensor:
-    """The cost of each error, (B,); Huber's has the gradient of half the square, clipped to [-1, 1]."""
-    zero = torch.zeros_like(error)
-    return F.huber_loss(error, zero, reduction="none") if kind == "huber" else 0.5 * error**2
-
-
-def exploration_rate(config: ExplorationConfig, actions: int, learning_starts: int) -> float:
-    """The share of random actions after so many actions."""
-    part = min(1.0, max(0, actions - learning_starts) / config.steps)
-    return config.start + part * (config.end - config.start)
-
-
-def exploration_ladder(config: ExplorationConfig, rate: float, count: int) -> Tensor:
-    """The share of each of `count` games, float32 (count,) (Horgan et al. 2018, section 4.1)."""
-    return rate ** (1 + config.ladder * torch.linspace(0, 1, count))
 
 
 # Training
@@ -223,6 +202,7 @@ class DQNTask:
 
     def __init__(self, experiment: DQNExperiment, trainer: Trainer) -> None:
         self.experiment, self.config, self.seed, world = experiment, experiment.dqn, trainer.config.seed, trainer.world
+        self.kind = self.config.kind
         self.own = world.part(self.config.games, "dqn.games")
         """Which of the games this process plays."""
         self.games: Games = games.make(experiment.game, len(self.own), seeding.derive(self.seed, "games", 0), first=self.own.start)
@@ -260,7 +240,7 @@ class DQNTask:
     def test(self, trainer: Trainer) -> dict[str, float | int | str]:
         """Scores of whole games that are played for nothing else, and now and then a video."""
         with self.learner.judged() as network, torch.autocast(trainer.world.device.type, torch.bfloat16, enabled=trainer.bf16):
-            return self.tester(QAgent(network, trainer.world.device), trainer)
+            return self.tester(QAgent(network, trainer.world.device, self.kind.means), trainer)
 
     @property
     def first_update(self) -> int:
@@ -276,8 +256,8 @@ class DQNTask:
             self.drawn.clear()
             learnt = trainer.minimise(self.learner, lambda shard: self.loss(shard, trainer), self.config.batch_size)
             metrics |= learnt
-            for batch, error in self.drawn:
-                self.replay.reprioritise(batch, error + 0 * learnt["loss"])  # NaN where the update was skipped
+            for batch, surprise in self.drawn:
+                self.replay.reprioritise(batch, surprise + 0 * learnt["loss"])  # NaN where the update was skipped
         if actions // self.config.target_every > (actions - self.config.train_every) // self.config.target_every:
             self.target.load_state_dict(self.learner.module.state_dict())
         return metrics
@@ -290,7 +270,7 @@ class DQNTask:
         rows: list[Mapping[str, Any]] = []
         ended: list[tuple[float, int]] = []
         for actions in range(first, first + self.config.train_every, count):
-            rate = exploration_rate(self.experiment.exploration, actions, self.config.learning_starts)
+            rate = self.exploration_rate(actions)
             before, chosen = self.games.last, self.explore(trainer, rate, actions)
             after = self.games.step(chosen)
             rows.append(self.remembered(before, chosen, after))
@@ -301,6 +281,18 @@ class DQNTask:
             metrics |= {"return": sum(score for score, _ in ended) / len(ended), "length": sum(length for _, length in ended) / len(ended)}
         return metrics
 
+    def exploration_rate(self, actions: int) -> float:
+        """The share of random actions after so many actions; none where the layers are noisy and learn."""
+        if self.config.noisy and actions >= self.config.learning_starts:
+            return 0.0
+        return exploration_rate(self.experiment.exploration, actions, self.config.learning_starts)
+
+    def noise(self, network: nn.Module, stream: str, index: int, device: torch.device, **rows: Any) -> AbstractContextManager[None]:
+        """Within, a network has the noise of this stream and index, whichever process asks."""
+        if not self.config.noisy:
+            return nullcontext()
+        return noise(network, seeding.generator(self.seed, f"noise/{stream}", index, device), **rows)
+
     @torch.no_grad()
     def explore(self, trainer: Trainer, rate: float, actions: int) -> Any:
         """An action for every game that this process plays, int64 (games,); what is drawn is drawn for all."""
@@ -308,10 +300,11 @@ class DQNTask:
         count, kinds = self.config.games, len(self.games.actions)
         if rate >= 1 and not self.experiment.exploration.ladder:
             return torch.randint(kinds, (count,), generator=draw)[self.own].numpy()
-        observations = torch.from_numpy(self.games.last.observations).to(trainer.world.device)
-        with torch.autocast(trainer.world.device.type, torch.bfloat16, enabled=trainer.bf16):
-            values = torch.zeros(count, kinds)
-            values[self.own] = self.learner.module(observations).cpu()
+        device, network, values = trainer.world.device, self.learner.module, torch.zeros(count, kinds)
+        observations, own = torch.from_numpy(self.games.last.observations).to(device), slice(self.own.start, self.own.stop)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=trainer.bf16)
+        with autocast, self.noise(network, "act", actions, device, rows=count, own=own):  # every game has its own
+            values[own] = self.kind.means(network(observations)).cpu()
         return choose(values, "epsilon", exploration_ladder(self.experiment.exploration, rate, count), draw)[self.own].numpy()
 
     def remembered(self, before: Step, actions: Any, after: Step) -> Mapping[str, Any]:
@@ -336,15 +329,28 @@ class DQNTask:
         beta = self.experiment.replay.beta + (1 - self.experiment.replay.beta) * shard.step / max(1, trainer.config.steps - 1)
         draws = replace(shard, device=self.replay.device)  # made where they are wanted, so that nobody waits for a GPU
         batch = self.replay.sample(shard.count, lambda attempt: draws.uniform(f"replay/{attempt}", 2), beta).to(shard.device)
-        with torch.no_grad():
-            next_online = self.learner.module(batch.next_observations) if self.config.double else None
-            goal = targets(batch, self.target(batch.next_observations), next_online)
-        values = self.learner.module(batch.observations).gather(1, batch.actions[:, None])[:, 0]
-        error = goal - values
-        self.drawn.append((batch, error.detach()))
+        later = self.later(batch.next_observations, shard)
+        with self.noise(self.learner.module, "online", shard.step, shard.device):
+            said = of_actions(self.learner.module(batch.observations), batch.actions)
+        costs, surprise = self.kind.errors(said, batch.returns, batch.discounts, later)
+        self.drawn.append((batch, surprise.detach()))
         age = shard.mean((self.replay.written - batch.times).double()) * self.config.games
-        metrics = {"q": shard.mean(values), "error": shard.mean(error.abs()), "age": age}
-        return shard.mean(batch.weights * error_cost(error, self.config.loss)), metrics
+        values, errors = shard.mean(self.kind.means(said)), shard.mean(surprise.abs())
+        return shard.mean(batch.weights * costs), {"q": values, "error": errors, "age": age}
+
+    @torch.no_grad()
+    def later(self, observations: Tensor, shard: Shard) -> Tensor:
+        """What the target network says of the best action in the states that were reached, (B, ...).
+
+        Each network has noise of its own, and that which chooses another than that which learns.
+        """
+        with self.noise(self.target, "target", shard.step, shard.device):
+            outputs = self.target(observations)
+        judged = outputs
+        if self.config.double:
+            with self.noise(self.learner.module, "choice", shard.step, shard.device):
+                judged = self.learner.module(observations)
+        return of_actions(outputs, self.kind.means(judged).argmax(1))
 
 
 EXPERIMENT = DQNExperiment()

@@ -38,8 +38,8 @@ from lab.learner import Metrics, Shard
 from lab.optimizer import OptimizerConfig
 from lab.trainer import Trainer, averages
 from rl.agent import AgentExperiment, Policy, choose
-from rl.dqn import ExplorationConfig, QAgent, exploration_ladder, exploration_rate
 from rl.evaluate import TestConfig, Tester
+from rl.values import ExplorationConfig, QAgent, exploration_ladder, exploration_rate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,10 +46,10 @@ from lab.experiment import Every
 from lab.learner import Metrics
 from lab.trainer import Trainer, TrainingStopped
 from rl.agent import Agent
-from rl.dqn import QAgent
 from rl.evaluate import Tester
 from rl.replay import Replay, ReplayConfig, check_room
 from rl.sb3 import PPOConfig, SB3DQNConfig, SB3Experiment
+from rl.values import QAgent
 
 # Networks
 

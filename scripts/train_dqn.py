@@ -3,6 +3,7 @@
     python scripts/train_dqn.py configs/rl/dqn_catch.yaml                    half a minute
     python scripts/train_dqn.py configs/rl/dqn_pong.yaml
     python scripts/train_dqn.py configs/rl/dqn_pong.yaml --game.name ALE/Seaquest-v5 --trainer.steps 60000
+    python scripts/train_dqn.py configs/rl/rainbow_catch.yaml                a minute
     python scripts/train_dqn.py configs/rl/dqn_nature.yaml --game.name breakout
     python scripts/train_dqn.py --resume latest
 

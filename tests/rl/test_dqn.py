@@ -32,20 +32,10 @@ from lab.recorder import log
 from lab.trainer import DONE, Trainer, TrainingStopped
 from rl import agent
 from rl.agent import choose
-from rl.dqn import (
-    EXPERIMENT,
-    DQNConfig,
-    DQNExperiment,
-    ExplorationConfig,
-    QNetwork,
-    dueling,
-    error_cost,
-    exploration_ladder,
-    exploration_rate,
-    scale_gradient,
-    targets,
-)
+from rl.distributional import error_cost
+from rl.dqn import EXPERIMENT, DQNConfig, DQNExperiment, QNetwork, dueling, scale_gradient
 from rl.replay import ReplayConfig
+from rl.values import ExplorationConfig, exploration_ladder, exploration_rate
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -230,8 +220,8 @@ def test_targets_are_those_of_a_plain_loop_over_what_was_played(monkeypatch, n_s
         return torch.tensor([[[[game + 1, time + 1]]]], dtype=torch.uint8)
 
     with torch.no_grad():
-        online = task.learner.module(batch.next_observations) if double else None
-        found = targets(batch, task.target(batch.next_observations), online)
+        later = task.later(batch.next_observations, Shard(0, 1, 1, 0, 60, torch.device("cpu")))
+        found = task.kind.errors(torch.zeros(len(chosen)), batch.returns, batch.discounts, later)[1]
         expected = [plain_target(rows, shown, game, time, config, task.target, task.learner.module) for time, game in chosen]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
     assert batch.actions.tolist() == [rows[game][time][2] for time, game in chosen]
@@ -648,7 +638,8 @@ def test_priorities_follow_from_the_errors_of_exactly_the_batch_that_was_learnt_
             assert learnt.times.equal(batch.times)
             assert learnt.games.equal(batch.games)
             with torch.no_grad():
-                goal = targets(batch, target(batch.next_observations), online(batch.next_observations))
+                best = online(batch.next_observations).argmax(1)
+                goal = batch.returns + batch.discounts * target(batch.next_observations)[torch.arange(len(best)), best]
                 expected = goal - online(batch.observations).gather(1, batch.actions[:, None])[:, 0]
             torch.testing.assert_close(errors, expected, rtol=1e-5, atol=1e-6)
         index = (learnt.times % task.replay.rows) * 4 + learnt.games

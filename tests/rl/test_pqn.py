@@ -22,9 +22,9 @@ from lab.learner import Shard
 from lab.optimizer import OptimizerConfig
 from lab.trainer import Trainer
 from rl import agent
-from rl.dqn import ExplorationConfig
 from rl.pqn import EXPERIMENT, PQNConfig, PQNetwork, PQNExperiment, lambda_returns, trace_after
 from rl.pqn import scores as pqn_scores
+from rl.values import ExplorationConfig
 
 from .test_dqn import CUT, END, LIFE, SCRIPTS, Scripted, Table
 

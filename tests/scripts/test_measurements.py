@@ -19,7 +19,7 @@ from tests.scripts.test_scripts import ROOT
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The scripts as modules, which find each other as they do when one is started."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = ("turns", "replay", "peers", "startup", "growth")
+    names = ("turns", "replay", "peers", "startup", "growth", "ablation")
     yield {name: importlib.import_module(name) for name in names}
     for name in names:
         del sys.modules[name]
@@ -138,3 +138,72 @@ def test_our_experiments_beside_the_peers(benchmarks: dict[str, ModuleType]) -> 
     diffusion = peers.our_experiment("diffusion", "ours, unfolded", 10, "digits")
     assert (diffusion.model.network, diffusion.model.conditional) == (peers.UNFOLDED, False)
     assert diffusion.trainer.precision == "auto"
+
+
+# What each part of Rainbow is worth
+
+
+def test_the_agents_of_the_ablation_differ_from_their_like_in_one_part(benchmarks: dict[str, ModuleType]) -> None:
+    ablation = benchmarks["ablation"]
+    assert len(ablation.AGENTS) == len({frozenset(parts) for parts in ablation.AGENTS.values()}) == 16
+    plain, whole = ablation.settings(()), ablation.settings(ablation.RAINBOW)
+    assert set(plain) == set(whole)
+    assert all(plain[name] != whole[name] for name in plain)
+    for name, parts in ablation.AGENTS.items():
+        given = ablation.settings(parts)
+        other = whole if name.startswith("rainbow -") else plain
+        assert sum(given[key] != other[key] for key in given) == 1 or name in ("plain", "rainbow", "rainbow, quantile")
+
+
+def test_the_ablation_trains_what_is_missing_and_keeps_the_rest(
+    benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ablation, trained = benchmarks["ablation"], []
+    monkeypatch.setattr(ablation, "score", lambda *what: trained.append(what) or float(len(trained)))
+    out, table = tmp_path / "ablation.json", tmp_path / "ablation.md"
+    words = ["ablation.py", "--only", "plain", "rainbow", "--actions", "640", "--out", str(out), "--table", str(table), "--seeds"]
+    for seeds in (["1"], ["0", "1", "2"]):
+        monkeypatch.setattr(sys, "argv", [*words, *seeds])
+        assert ablation.main() == 0
+    assert trained == [("catch", agent, seed, 640) for seed in (1, 0, 2) for agent in ("plain", "rainbow")]
+    scores = json.loads(out.read_text())["catch, 640 actions"]["scores"]
+    assert scores == {"plain": {"1": 1.0, "0": 3.0, "2": 5.0}, "rainbow": {"1": 2.0, "0": 4.0, "2": 6.0}}
+    rows = [line for line in table.read_text().splitlines() if line.startswith(("| plain", "| rainbow"))]
+    # Student's t: 4.303 standard errors of three seeds, each 2 / sqrt(3)
+    assert rows == ["| rainbow | 4.00 (-0.97 to 8.97) | 4.00, 2.00, 6.00 |", "| plain | 3.00 (-1.97 to 7.97) | 3.00, 1.00, 5.00 |"]
+
+
+def test_a_run_of_the_ablation_goes_on_where_it_was_stopped(
+    benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ablation, asked = benchmarks["ablation"], []
+    monkeypatch.setattr(ablation, "HOME", tmp_path)
+    folder = tmp_path / "catch/640/rainbow_-_noisy/seed_3"
+
+    def said(words: list[str]) -> str:
+        asked.append(words)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").touch()
+        (folder / "metrics.jsonl").write_text('{"step": 20, "eval/return": 7.5}\n')
+        return ""
+
+    monkeypatch.setattr(ablation, "said", said)
+    assert [ablation.score("catch", "rainbow - noisy", 3, 640) for _ in range(2)] == [7.5, 7.5]
+    assert asked[0][1:4] == [str(ROOT / "configs/rl/rainbow_catch.yaml"), "--run-dir", str(folder)]
+    given = dict(zip(asked[0][4::2], asked[0][5::2], strict=True))
+    assert (given["--dqn.noisy"], given["--dqn.values"], given["--trainer.seed"], given["--trainer.steps"]) == (
+        "false",
+        "categorical",
+        "3",
+        "20",
+    )
+    assert asked[1][1:] == ["--resume", str(folder)]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"), [(["--only", "rainbw"], "--only rainbw: there are plain"), (["--actions", "33"], "multiple of 32")]
+)
+def test_mistakes_of_an_ablation_are_told(words: list[str], sentence: str, tmp_path: Path) -> None:
+    done = started("ablation.py", *words, "--out", str(tmp_path / "a.json"), "--table", str(tmp_path / "a.md"))
+    assert done.returncode == 2
+    assert sentence in done.stderr
