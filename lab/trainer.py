@@ -9,6 +9,7 @@ run that was killed goes on exactly, and one process or four see the same number
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import shutil
@@ -125,6 +126,21 @@ class Left(BaseException):
     """What was being done was left half done, as the run is to stop. No `Exception`: whoever forgives those must not keep it."""
 
 
+class Held:
+    """A part of a checkpoint as it was some time ago."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As it was."""
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Be as it was at another time."""
+        self.state = state
+
+
 class StopRequest(threading.Event):
     """The run is to stop: set by a signal, see `stop_signals`."""
 
@@ -159,6 +175,8 @@ class Trainer:
         """The step and the gradient's norm of updates of which nobody has asked yet whether they were skipped."""
         self.unfinished: dict[str, float] | None = None
         """What the last step measured, until its hooks are done and its row is written."""
+        self._before: dict[str, Any] | None = None
+        """What all parts were before the step that is being done, where that may be left half done."""
         self.requested = requested or StopRequest()
         self.bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and native_bf16(world.device))
         self.media: Path | None = None
@@ -217,7 +235,9 @@ class Trainer:
                 with contextlib.suppress(Left):  # the checkpoint then holds what is known of the row, and the hooks are done on resume
                     self._one_step(hooks, recorder)
                 stopping = self.world.any(self.requested.is_set())
-                if run and self._passed_milestone():  # before the checkpoint: a kill between the two must not lose it
+                if (
+                    run and self._before is None and self._passed_milestone()
+                ):  # before the checkpoint: a kill between the two must not lose it
                     self._save_milestone(run)
                 if saved and (stopping or self._due(self.config.save_every)):
                     self.world.led(partial(save, stopping or self.step == self.config.steps) if save else None)
@@ -253,7 +273,10 @@ class Trainer:
             Left: the run is to stop, and there is no row yet.
         """
         if self.unfinished is None:
+            if self.leaves_steps:
+                self._before = {name: copy.deepcopy(part.state_dict()) for name, part in self._parts().items()}
             self.unfinished = self.advance()[1]
+            self._before = None
         row: dict[str, float | int | str] = {**self.unfinished}
         if due := [hook for hook in hooks if hook.due(self.step, self.config.steps)]:
             self._seed("hooks")  # or what they draw would not be the same after a resume
@@ -308,7 +331,14 @@ class Trainer:
         except OSError as error:
             log.warning("the weights of step %d could not be kept (%s); training goes on", self.step, error)
 
+    @property
+    def leaves_steps(self) -> bool:
+        """Whether a step may be left half done by who stops the run, and is begun again on resume; see `leaving`."""
+        return getattr(self.task, "long_steps", False) and self.world.size == 1 and not self.config.compile
+
     def _parts(self) -> dict[str, Stateful]:
+        if self._before is not None:
+            return {name: Held(state) for name, state in self._before.items()}
         return {**self.task.parts(), "trainer": self}
 
     def state_dict(self) -> dict[str, Any]:

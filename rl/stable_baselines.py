@@ -16,6 +16,7 @@ import random
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -44,7 +45,7 @@ from lab.config import UserError
 from lab.distributed import World
 from lab.experiment import Every
 from lab.learner import Metrics
-from lab.trainer import Trainer, TrainingStopped
+from lab.trainer import Trainer, TrainingStopped, leaving
 from rl.agent import Agent
 from rl.evaluate import Tester
 from rl.replay import Replay, ReplayConfig, check_room
@@ -339,9 +340,10 @@ class SB3Task(ABC):
         np.random.seed(seed)
         self.model.action_space.seed(seed)  # PyTorch's own generator is set by the trainer
         try:
-            for _ in range(self.turns):
-                self.iterate()
-                self.record.read_logger()
+            with leaving(trainer.requested) if trainer.leaves_steps else nullcontext():
+                for _ in range(self.turns):
+                    self.iterate()
+                    self.record.read_logger()
         except ValueError as error:
             if "Expected parameter logits" not in str(error):  # PyTorch refuses to draw by numbers that are not finite
                 raise
@@ -383,6 +385,8 @@ class SB3Task(ABC):
 
 class PPOTask(SB3Task):
     """PPO: some actions in every game, then some epochs of learning from them."""
+
+    long_steps = True  # of a thousand actions and more: seconds on a CPU
 
     def create(self, environment: VecEnv, options: dict[str, Any]) -> BaseAlgorithm:
         """SB3's model."""

@@ -53,7 +53,7 @@ def memory(world: World) -> dict[str, int]:
         no, zero = np.zeros(own, np.bool_), np.zeros(own)
         frames = np.full((own, 84, 84), index % 256, np.uint8)
         store.extend([{"frames": frames, "actions": zero, "rewards": zero, "started": no, "terminal": no, "ended": no, "playable": ~no}])
-    return {"frames": store._cells["frames"].nbytes, "grown": resident() - before}
+    return {"frames": store._frames.nbytes, "grown": resident() - before}
 
 
 def resident() -> int:

@@ -21,7 +21,7 @@ from lab.optimizer import OptimizerConfig
 from lab.trainer import Trainer
 from rl.dqn import DQNConfig, DQNExperiment
 from rl.pqn import PQNConfig, PQNExperiment
-from rl.replay import ReplayConfig
+from rl.replay import Replay, ReplayConfig
 from tests.scripts.test_scripts import call
 
 from .test_processes import CASES, SHARED, Case
@@ -127,6 +127,18 @@ AGENTS = {
         dqn=DQNConfig(train_every=8, learning_starts=40, **SMALL),
         replay=ReplayConfig(capacity=2000, prioritised=True),
     ),
+    "rainbow": DQNExperiment(
+        trainer=TIME,
+        game=CATCH,
+        dqn=DQNConfig(train_every=8, learning_starts=40, noisy=True, values="categorical", v_min=-2, v_max=8, **SMALL),
+        replay=ReplayConfig(capacity=2000, prioritised=True),
+    ),
+    "quantiles": DQNExperiment(
+        trainer=TIME,
+        game=CATCH,
+        dqn=DQNConfig(train_every=8, learning_starts=40, values="quantile", quantiles=8, **SMALL),
+        replay=ReplayConfig(capacity=2000, prioritised=True),
+    ),
     "pqn": PQNExperiment(trainer=TIME, game=CATCH, pqn=PQNConfig(n_steps=4, **SMALL)),
     "pqn by rmsprop": PQNExperiment(
         trainer=TIME, game=CATCH, pqn=PQNConfig(n_steps=4, **SMALL), optimizer=OptimizerConfig(kind="rmsprop", clip_norm=1, ema=0.9)
@@ -163,6 +175,7 @@ SLOW = {name for name, case in CASES.items() if case.before}
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in [*CASES, *AGENTS]])
 def test_no_update_reads_from_the_device(name, trainer_of, monkeypatch):
+    monkeypatch.setattr(Replay, "math_of", {"cpu": torch})  # a GPU's memory; that of a CPU finds its cells with numpy
     assert learnt(trainer_of(name, "cpu"), lambda: watched(monkeypatch)) > 0
 
 

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from lab import checkpoint, trainer
 from lab.launch import launch
 from lab.runs import Run, owner_of
+from rl import stable_baselines
 
 from .conftest import ROOT, fingerprint, finish, start
 from .test_dqn import CATCH, PONG, assert_same
@@ -169,6 +170,43 @@ def test_a_hook_that_a_stop_cut_off_is_done_again_and_the_rest_is_the_same(
     assert kept(run) == kept(whole)
     if "replay" in checkpoint.load(checkpoint.folders(run.checkpoints)[0]).segments:
         assert_same(run.folder, whole.folder, room=24, rows=24)
+
+
+def test_a_long_step_that_a_stop_cut_off_is_begun_again_and_the_rest_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of PPO, whose steps are a thousand actions; a stop comes while it plays, and while it learns."""
+    whole, run = Run(tmp_path / "whole"), Run(tmp_path / "run")
+    options, real = words("ppo", tmp_path), stable_baselines.leaving
+    assert train("ppo", [*options, "--run-dir", str(whole.folder)]) == 0
+
+    def go_on(step: int, place: int, expect: int = 75) -> None:
+        """Begin the run or go on with it; a SIGTERM comes at this forward pass of the step-th step that is done now."""
+        steps = itertools.count(1)
+
+        @contextmanager
+        def leaving(requested: Any) -> Iterator[None]:
+            passes = itertools.count(1) if next(steps) == step else itertools.count(10**9)
+            with real(requested):
+                watch = register_module_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGTERM) if next(passes) == place else None)
+                try:
+                    yield
+                finally:
+                    watch.remove()
+
+        again = ["--resume", str(run.folder)] if run.config.exists() else ["--run-dir", str(run.folder)]
+        with monkeypatch.context() as patch:
+            patch.setattr(stable_baselines, "leaving", leaving)
+            assert train("ppo", [*options, *again]) == expect
+
+    go_on(1, 1)
+    assert saved(run) == (0, False)
+    go_on(2, 4)  # at play: a pass of the policy is several passes of modules
+    assert saved(run) == (1, False)
+    go_on(3, 60)  # while it learns
+    assert saved(run) == (3, False)
+    assert recorded(run) == [2, 3]
+    go_on(1, 0, expect=0)
+    assert fingerprint(run.folder) == fingerprint(whole.folder)
+    assert kept(run) == kept(whole)
 
 
 # Real processes

@@ -376,7 +376,7 @@ def test_a_trained_model_is_loaded_without_its_classifier_and_enlarges_the_same(
     net = SuperResolution(loaded.experiment.model, (1, 16, 16), loaded.model.classes)
     net.load_state_dict(average)
     small = pictures(2, 1, 8, 8)
-    assert torch.equal(loaded.model.enlarge(small), net.eval().enlarge(small))
+    assert torch.allclose(loaded.model.enlarge(small), net.eval().enlarge(small), atol=1e-6)  # processors round by where weights lie
     data = loaded.experiment.dataset()
     scores = loaded.model.evaluate(data, EvaluationConfig(images=50))
     assert scores.pop("protocol") == "digits test, 50 images, 8 x 8 to 16 x 16 pixels, 8-bit values"
