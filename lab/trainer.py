@@ -235,9 +235,8 @@ class Trainer:
                 with contextlib.suppress(Left):  # the checkpoint then holds what is known of the row, and the hooks are done on resume
                     self._one_step(hooks, recorder)
                 stopping = self.world.any(self.requested.is_set())
-                if (
-                    run and self._before is None and self._passed_milestone()
-                ):  # before the checkpoint: a kill between the two must not lose it
+                # Before the checkpoint: a kill between the two must not lose it. A step that was left half done has no weights to keep.
+                if run and self._before is None and self._passed_milestone():
                     self._save_milestone(run)
                 if saved and (stopping or self._due(self.config.save_every)):
                     self.world.led(partial(save, stopping or self.step == self.config.steps) if save else None)
