@@ -92,7 +92,7 @@ class ConvStack(Backbone):
         maps: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             sums = layer(maps[-1]) if maps else self.first(images)
-            # In place on a norm's permuted view, the backward pass would copy the whole map twice: a tenth of an update.
+            # In place on a norm's permuted view, the backward pass would copy the whole map: a tenth of both passes.
             maps.append(self.norms[index](sums).relu() if self.norms else sums.relu_())
         return maps
 
