@@ -1,11 +1,12 @@
 """What it costs to save and to record, and what a save of a DQN with its memory costs.
 
-    python benchmarks/saving.py                                          everything, about 15 minutes on 2 cores; 9 GB of memory and of disk
-    python benchmarks/saving.py --parts overhead --presets rl/dqn_catch  the smallest preset alone, 3 minutes
+    python benchmarks/saving.py                                          everything, about 25 minutes on 2 cores; 9 GB of memory and of disk
+    python benchmarks/saving.py --parts overhead --presets rl/dqn_catch  the smallest preset alone, 10 minutes
     python benchmarks/saving.py --parts memory --capacity 200000         a fifth of the memory
 
 overhead  a preset's own steps, with its rows and checkpoints and milestones at its own pace, against the same steps with nothing
-          around them; both take turns in one process, from one checkpoint to the next, so that a busy machine troubles both alike.
+          around them; both take turns in one process, twenty from one checkpoint to the next, so that a busy machine troubles both
+          alike.
           Previews and tests are left out: they are no saving. Median over the pairs, with the quartiles. Beside it, in the same
           turns, what was spent inside the calls that save and record: less noisy, as nothing is subtracted. Both also in seconds of
           the processor, which a busy machine does not change, but in which waiting for the disk is not seen.
@@ -145,17 +146,21 @@ def overhead(experiment: Experiment, pairs: int, world: distributed.World, folde
         if trainer.step % config.save_every == 0:
             save()
 
-    turns = []
-    for turn in range(pairs + 1):
+    turns, part = [], max(config.save_every // PARTS, 1)
+    for _ in range(pairs + 1):
         inside.spent = np.zeros(2)
-        order = [bare, whole] if turn % 2 else [whole, bare]
-        spent = {step: timed(step, config.save_every) for step in order}
+        spent = {bare: np.zeros(2), whole: np.zeros(2)}
+        for begun in range(0, config.save_every, part):
+            for step in (bare, whole) if begun // part % 2 else (whole, bare):
+                spent[step] += timed(step, min(part, config.save_every - begun))
         turns.append((spent[whole] / spent[bare] - 1, inside.spent / spent[bare], spent[bare]))
     recorder.close()
     parts = {name: dict(zip(("seconds", "processor"), np.array(rows[1:]).T.tolist())) for name, rows in zip(RATIOS, zip(*turns))}
     return {"steps": config.save_every, **parts}
 
 
+PARTS = 20
+"""Times that the two take turns between two checkpoints: a processor's speed drifts within seconds."""
 RATIOS = ("overhead", "inside", "turn")
 """What a turn is told by: of the clock on the wall and of the processor's time."""
 
