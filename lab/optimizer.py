@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -44,9 +45,9 @@ def create(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch
     weights = list(parameters)
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.kind == "adam":
-        return torch.optim.Adam(weights, betas=config.betas, eps=config.eps, fused=True, **common)
+        return Adam(weights, betas=config.betas, eps=config.eps, fused=True, **common)
     if config.kind == "adamw":
-        return torch.optim.AdamW(weights, betas=config.betas, eps=config.eps, fused=True, **common)
+        return AdamW(weights, betas=config.betas, eps=config.eps, fused=True, **common)
     if config.kind == "radam":
         return RAdam(weights, betas=config.betas, eps=config.eps, fused=True, **common)
     if config.kind == "rmsprop":
@@ -55,7 +56,7 @@ def create(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch
         if config.weight_decay:
             raise UserError("optimizer.weight_decay: centred_rmsprop has none; leave it 0")
         return CentredRMSProp(weights, config.lr, config.betas, config.eps)
-    sgd = torch.optim.SGD(weights, momentum=config.betas[0], fused=True, **common)
+    sgd = SGD(weights, momentum=config.betas[0], fused=True, **common)
     for weight in weights if config.betas[0] else []:  # torch makes them in the first update, of anything if that is left out
         sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return sgd
@@ -88,7 +89,34 @@ def learning_rate(config: OptimizerConfig, step: Natural, steps: Count) -> float
     return config.lr * (config.final_lr + (1 - config.final_lr) * max(0.0, height))
 
 
-class RAdam(torch.optim.Adam):
+# torch's own rules, which would import its compiler, for two to three seconds, only to be left alone by it: `step` and some methods of
+# `Optimizer` are wrapped so that compiled code never goes into them, and nothing that is compiled here calls any. The plain functions
+# are below the wrappers; of the methods, the wrapper keeps what it would call in an attribute (torch/_compile.py). With a torch that
+# names it otherwise, programs only start more slowly.
+for _method in vars(torch.optim.Optimizer).values():
+    if _plain := getattr(_method, "__wrapped__", None):
+        _plain.__dict__.setdefault("__dynamo_disable", _plain)
+
+
+class Adam(torch.optim.Adam):
+    """Adam (Kingma & Ba 2015)."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+
+class AdamW(torch.optim.AdamW):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class SGD(torch.optim.SGD):
+    """Stochastic gradient descent, with momentum."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+class RAdam(Adam):
     """Rectified Adam (Liu et al. 2020, algorithm 2): no step by the square of the gradient before enough of them were seen.
 
         rho = 2 / (1 - b2) - 1        rho_t = rho - 2 t b2^t / (1 - b2^t)

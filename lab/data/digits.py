@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,13 +18,19 @@ WHITE = 16
 
 def load() -> ImageSet:
     """The set as (1, 8, 8) images; a fixed fifth of every class is its test part."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    values, labels = torch.from_numpy(bunch.images), torch.from_numpy(bunch.target).long()
-    images = (values * (255 / WHITE)).round().to(torch.uint8).unsqueeze(1)
+    table = torch.from_numpy(np.loadtxt(_file(), delimiter=","))
+    labels = table[:, -1].long()
+    images = (table[:, :-1] * (255 / WHITE)).round().to(torch.uint8).view(-1, 1, 8, 8)
     test = _test_mask(labels)
     return ImageSet("digits", tuple(map(str, range(10))), Split(images[~test], labels[~test]), Split(images[test], labels[test]))
+
+
+def _file() -> Path:
+    """The file inside scikit-learn, a row of 64 values and a label for each digit; to import scikit-learn takes a second and more."""
+    package = find_spec("sklearn")
+    assert package
+    assert package.origin
+    return Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
 
 
 def _test_mask(labels: Tensor) -> Tensor:

@@ -184,8 +184,9 @@ def compiled(backbone, backend):
     return torch.compile(backbone, fullgraph=True, backend=backend, dynamic=False)
 
 
-def test_one_graph_holds_it_all(case):
-    _, size, backbone = case
+@pytest.mark.parametrize(("name", "size"), [pytest.param(*case, marks=() if case[1] == 28 else pytest.mark.slow) for case in CASES])
+def test_one_graph_holds_it_all(name, size):
+    backbone = fresh(name, size)
     expected = learnt(backbone.train(), numbers(size))
     same(learnt(compiled(backbone, "eager"), numbers(size)), expected)
 

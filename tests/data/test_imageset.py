@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from lab.data import AugmentConfig, DataConfig, DataError, ImageSet, Split, as_float, load
 from lab.data.imageset import held_out, resize
@@ -117,6 +118,15 @@ def test_digits_are_real_scaled_and_split_evenly():
     assert set(digits.train.images.unique().tolist()) <= {round(value * 255 / 16) for value in range(17)}
     shares = digits.test.labels.bincount() / torch.cat([digits.train.labels, digits.test.labels]).bincount()
     assert ((shares - 0.2).abs() < 0.01).all()
+
+
+def test_digits_are_those_that_scikit_learn_gives_out():
+    def rows(images, labels):
+        return sorted((*image, label) for image, label in zip(images.reshape(-1, 64).tolist(), labels.tolist()))
+
+    digits, theirs = load(DataConfig(name="digits", image_size=8)), load_digits()
+    ours = rows(torch.cat([digits.train.images, digits.test.images]), torch.cat([digits.train.labels, digits.test.labels]))
+    assert ours == rows((theirs.images * (255 / 16)).round().astype(int), theirs.target)
 
 
 def test_digits_are_the_same_every_time_and_resized_on_request():

@@ -52,6 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_freeze_and_thaw_as_one(place: Path) -> None:
     transfer = ["--init", "first", "--freeze", "--thaw-every", "6", "--data.classes", "1", "3", "5", "7", "9"]
     finish(command(*transfer, "--run-dir", "one"), place)

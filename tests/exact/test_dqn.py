@@ -119,6 +119,7 @@ def test_the_uninterrupted_run_wraps_around_and_drops_old_segments(catch: Path) 
     assert sum("train/loss" in row for row in metrics(catch)) > 25
 
 
+@pytest.mark.slow  # .ci/run takes a sample of such kills
 def test_a_dqn_killed_at_random_moments_and_inside_saves_ends_bit_identical(catch: Path, tmp_path: Path) -> None:
     chance, run = random.Random(11), tmp_path / "run"
     kills = inside_saves = 0
@@ -167,6 +168,7 @@ def stopped(settings: dict[str, str], folder: Path, *extra: str) -> int:
     return int(checkpoint.folders(run / "checkpoints")[0].name[5:])
 
 
+@pytest.mark.slow
 def test_sigterm_stops_a_dqn_between_two_rounds_and_the_rest_is_the_same(catch: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     step = stopped(CATCH, tmp_path, "--run-dir", "run")

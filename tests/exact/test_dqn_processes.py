@@ -109,6 +109,7 @@ def cut_back(run: Path, step: int) -> None:
         file.truncate(checkpoint.load(run / f"checkpoints/step_{step:09d}").notes["metrics_bytes"])
 
 
+@pytest.mark.slow
 def test_a_run_goes_from_one_process_to_two_which_sigterm_stops_and_back(single: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(single, run)
@@ -167,6 +168,7 @@ def kill(processes: list[subprocess.Popen[str]]) -> bool:
     return any(process.returncode for process in processes)
 
 
+@pytest.mark.slow
 def test_two_processes_killed_inside_a_save_end_with_the_bits_of_those_that_were_not(double: Path, tmp_path: Path) -> None:
     run, words = tmp_path / "run", command(SETTINGS, "--run-dir", "run")
     for _ in range(12):  # a save is soon over

@@ -93,7 +93,7 @@ def test_a_second_process_on_the_same_run_is_refused_and_told_who_owns_it(tmp_pa
         owner.communicate()
 
 
-@pytest.mark.parametrize("network", ["mlp", "conv"])
+@pytest.mark.parametrize("network", ["mlp", pytest.param("conv", marks=pytest.mark.slow)])
 def test_a_resumed_run_can_be_made_longer(network: str, tmp_path: Path) -> None:
     changes = {"model__network__kind": network, "model__network__channels": "8", "optimizer__schedule": "constant"}
     finish(command("--run-dir", "run", trainer__steps="20", **changes), tmp_path)

@@ -74,6 +74,7 @@ def test_a_run_goes_from_one_process_to_two_and_back(single: Path, tmp_path: Pat
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow  # .ci/run takes a sample of such kills
 def test_a_killed_run_ends_bit_identical(single: Path, tmp_path: Path) -> None:
     chance, run = random.Random(3), tmp_path / "run"
     for _ in range(4):

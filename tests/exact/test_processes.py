@@ -119,8 +119,6 @@ CASES = {
     "classifier": Case("classifier", "--data.image-size 16 --model.backbone small"),
 }
 
-FAST = "hinge"
-"""What the default tests try: two learners, batch normalisation, spectral normalisation."""
 BACK_AND_FORTH = ("vqvae", "hinge", "flow matching", "distillation", "classifier")
 
 
@@ -164,7 +162,8 @@ def difference(one: Path, other: Path, steps: int) -> float:
     return max(abs(a[name] - b[name]) / sizes[name] for a, b in zip(first, second, strict=True) for name in names if name in a)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_whatever_is_trained_has_the_same_losses_on_two_processes(name: str, singles: Singles, tmp_path: Path) -> None:
     case = CASES[name]
     finish(words(case, *singles.needs(name), "--run-dir", "run", steps=case.steps, processes=2), tmp_path)

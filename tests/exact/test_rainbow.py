@@ -33,6 +33,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow  # .ci/run takes a sample of such kills
 def test_a_rainbow_that_was_killed_ends_bit_identical(single: Path, tmp_path: Path) -> None:
     chance, run = random.Random(3), tmp_path / "run"
     words = command(SETTINGS, "--run-dir", "run")
@@ -49,6 +50,7 @@ def test_a_rainbow_that_was_killed_ends_bit_identical(single: Path, tmp_path: Pa
     assert_same(run, single, room=60, rows=384)
 
 
+@pytest.mark.slow
 def test_a_rainbow_on_two_processes_has_the_losses_of_one(single: Path, tmp_path: Path) -> None:
     finish(together(command(SETTINGS, "--run-dir", "run")), tmp_path)
     assert_close(tmp_path / "run", single)

@@ -42,6 +42,7 @@ def runs(soak: ModuleType, count: int, folder: Path) -> dict:
     return soak.many_runs(soak.Options(runs=count, threads=1), folder)
 
 
+@pytest.mark.slow
 def test_twelve_short_runs_leave_no_files_threads_or_children(soak: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "RECORDED", 100)  # the first one: W&B's service stays as a child until the process ends
     result = runs(soak, 12, tmp_path)

@@ -327,6 +327,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(runs: Path) -> None:
         assert (runs / "parts" / file).read_bytes() == (runs / "whole" / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_codebook_of_one(runs: Path) -> None:
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "scripts/train_vqvae.py"), *TINY]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

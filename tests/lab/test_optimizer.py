@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,20 @@ from lab.learner import Learner
 from lab.optimizer import OptimizerConfig, create, learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).resolve().parents[2]
+ONE_UPDATE = """
+import sys
+import torch
+from lab.optimizer import OptimizerConfig, create
+weight = torch.nn.Parameter(torch.ones(3))
+optimizer = create(OptimizerConfig(kind=sys.argv[1]), [weight])
+weight.square().sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+print(float(weight[0]) < 1, "torch._dynamo" in sys.modules)
+"""
 
 
 PLAIN = {"foreach": False, "fused": False}
@@ -34,6 +51,13 @@ def plain(config: OptimizerConfig, weights: list[nn.Parameter]) -> torch.optim.O
         ),
         "sgd": lambda: torch.optim.SGD(weights, lr=lr, momentum=betas[0], weight_decay=decay, **PLAIN),
     }[config.kind]()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "radam", "sgd"])
+def test_an_update_does_not_import_torchs_compiler(kind: str) -> None:
+    """It takes seconds, at every start."""
+    done = subprocess.run([sys.executable, "-c", ONE_UPDATE, kind], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n"
 
 
 def some_weights() -> list[nn.Parameter]:

@@ -231,6 +231,7 @@ def test_the_next_action_is_chosen_by_means(double):
     torch.testing.assert_close(later[0], other[1] if double else other[2])
 
 
+@pytest.mark.slow
 def test_catch_is_learnt(tmp_path):
     words = [str(ROOT / "configs/rl/rainbow_catch.yaml"), "--run-dir", str(tmp_path / "run"), "--tracking.mode", "disabled"]
     quick = ["--trainer.steps", "900", "--trainer.preview-every", "900", "--test.games", "20", "--test.video-every", "0"]

@@ -74,6 +74,7 @@ def test_every_default_preset_of_startup_is_there(benchmarks: dict[str, ModuleTy
     assert set(startup.PRESETS) <= set(startup.presets())
 
 
+@pytest.mark.slow
 def test_growth(tmp_path: Path) -> None:
     out, picture = tmp_path / "growth.json", tmp_path / "growth.png"
     done = started("growth.py", "--parts", "batch", "--seconds", "0.01", "--threads", "1", "--out", str(out), "--picture", str(picture))

@@ -45,7 +45,16 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("preset", sorted((ROOT / "configs/rl").glob("*.yaml")), ids=lambda path: path.stem)
+PRESETS = sorted((ROOT / "configs/rl").glob("*.yaml"))
+# One of each kind: the others are the same on another game, or with other numbers.
+QUICK_PRESETS = ("demo", "dqn_catch", "dqn_pong", "pqn_pong", "ppo_catch", "ppo_pong", "rainbow_pong", "sb3_dqn_pong")
+
+
+def marks(preset: Path) -> tuple[pytest.MarkDecorator, ...]:
+    return () if preset.stem in QUICK_PRESETS else (pytest.mark.slow,)
+
+
+@pytest.mark.parametrize("preset", [pytest.param(path, id=path.stem, marks=marks(path)) for path in PRESETS])
 def test_every_preset_trains(preset: Path, tmp_path: Path) -> None:
     _, kind = read_yaml(preset)
     small = [*SMALL[kind], "--game.max-frames", "100", "--test.video-steps", "10"]

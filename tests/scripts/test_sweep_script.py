@@ -112,6 +112,7 @@ def test_mistakes_are_told_before_anything_is_made(place: Path) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_trials_and_the_same_command_goes_on(place: Path) -> None:
     process = start(write(parameters=TINY["parameters"] | {"trainer.steps": {"value": 4000}}, run_cap=1))  # type: ignore[operator]
     wait(lambda: any(len(run.rows()) > 1 for run in runs.listing()))
